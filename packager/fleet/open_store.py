@@ -77,8 +77,8 @@ def check_creates(store: Store) -> None:
         raise UsageError(
             "the store does not tell two writers apart",
             where=store.url,
-            why="a file that was there was created again, by a writer that could not look for it first: of two runs that "
-            "claim a recipe at once both would have it",
+            why="a file that was there was created again, by a writer that could not look for it first: of two runs "
+            "that claim a recipe at once both would have it",
             hint="give a folder that all machines share, or a service with conditional writes and its present client, "
             "such as s3://bucket/folder (If-None-Match) with s3fs 2024.12 or later",
         )
