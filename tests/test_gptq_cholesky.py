@@ -11,7 +11,7 @@ from torch import Tensor
 from packager.quantize import memory
 from packager.quantize.gptq import cholesky as cholesky_module
 from packager.quantize.gptq import hessian as hessian_module
-from packager.quantize.gptq.cholesky import SPLIT_PANEL, SPLIT_WIDTH, split_cholesky
+from packager.quantize.gptq.cholesky import SPLIT_PANEL, SPLIT_WIDTH, split_cholesky, split_solve
 from packager.quantize.gptq.choose_ops import ops_for
 from packager.quantize.gptq.grid import GridRules
 from packager.quantize.gptq.hessian import Factor, factorize, factorize_within
@@ -201,6 +201,89 @@ def test_what_is_beside_the_matrix_takes_no_more_than_it():
     """16 bytes for each row and column of a panel; H, the matrix and these are within what a plan counts."""
     assert 16 * SPLIT_PANEL <= 4 * SPLIT_WIDTH
     assert memory._SQUARES >= 3
+
+
+def with_mean(n: int, *, tokens: int) -> Tensor:
+    """Inputs that differ little from one vector: the Hessian's largest eigenvalue is nearly its trace."""
+    x = random(n, seed=1) + 0.03 * random(tokens, n)
+    return x.T @ x / tokens
+
+
+def twin_outliers(n: int, *, tokens: int) -> Tensor:
+    """Two massive inputs that are nearly equal: scaled, the matrix has a small eigenvalue all the same."""
+    x = random(tokens, n, seed=2)
+    x[:, 7] *= 1000
+    x[:, 9] = x[:, 7] * (1 + 1e-3 * random(tokens, seed=3))
+    return x.T @ x / tokens
+
+
+# What `split_solve` is for: damped by the mean of their diagonals, so that the condition is at most n + 1.
+DAMPED: dict[str, Callable[[], Tensor]] = {
+    "one panel": lambda: hessian(40, tokens=80, damp=1),
+    "a column more": lambda: hessian(193, tokens=400, damp=1),
+    "few tokens": lambda: hessian(350, tokens=20, damp=1),
+    "an outlier": lambda: hessian(60, tokens=1400, outliers=1000, damp=1),
+    "outliers": lambda: hessian(350, tokens=1400, outliers=1000, damp=1),
+    "a mean": lambda: damped(with_mean(350, tokens=1400)),
+    "twin outliers": lambda: damped(twin_outliers(350, tokens=1400)),
+}
+
+
+def damped(H: Tensor) -> Tensor:
+    return H + H.diagonal().mean() * torch.eye(len(H))
+
+
+def row_errors(R: Tensor, P: Tensor, A: Tensor) -> Tensor:
+    """Return the errors of R = P A^-1, each row's relative to its norm; columns in units of sqrt(A_ii)."""
+    size = A.diagonal().double().sqrt()
+    exact = torch.linalg.solve(A.double(), P.double().T).T
+    errors: Tensor = ((R.double() - exact) * size).norm(dim=1) / (exact * size).norm(dim=1)
+    return errors
+
+
+@pytest.mark.parametrize("name", DAMPED)
+@pytest.mark.parametrize("columns", [1024, 96])
+def test_rows_are_solved_for_as_exactly_as_by_the_library(device, name, columns, monkeypatch):
+    monkeypatch.setattr(cholesky_module, "_SOLVE_COLUMNS", columns)
+    A = DAMPED[name]().to(device)
+    n = len(A)
+    # Right-hand sides as S has them: products with the inputs, other ones for each row, of very different sizes.
+    P = (random(48, n, seed=5) * 10.0 ** torch.linspace(-6, 6, 48)[:, None]).to(device) @ A
+    L = torch.linalg.cholesky(A)
+    library = torch.cholesky_solve(P.T, L).T
+    found = split_solve(P.clone(), L.clone(), ops_for(device), PANEL)
+    errors = row_errors(found, P, A)
+    assert float(errors.max()) < 8 * max(float(row_errors(library, P, A).max()), 2.0**-22)
+    assert float(errors.max()) < 2 * n * 2.0**-22
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e12])
+def test_rows_are_solved_for_with_matrices_of_any_size(device, size):
+    A = DAMPED["outliers"]().to(device) * size
+    P = random(16, len(A), seed=5).to(device) @ A
+    found = split_solve(P.clone(), torch.linalg.cholesky(A), ops_for(device), PANEL)
+    assert float(row_errors(found, P, A).max()) < 2e-5
+
+
+def test_a_solution_for_zeros_is_zero_and_one_for_what_is_not_finite_is_not(device):
+    A = DAMPED["outliers"]().to(device)
+    P = random(4, len(A)).to(device)
+    P[0], P[1, 3], P[2, 340] = 0, math.nan, math.inf
+    found = split_solve(P, torch.linalg.cholesky(A), ops_for(device), PANEL)
+    assert found.isfinite().all(dim=1).tolist() == [True, False, False, True]
+    assert not bool(found[0].any())
+
+
+def test_no_part_exceeds_float16_where_solutions_are_as_large_as_they_can_be(device):
+    """Two equal outliers of half of the trace each: their difference is damped least, by 2 / n of their size."""
+    n = 4096 if device.type == "cuda" else 512
+    A = torch.eye(n, device=device)
+    A[:2, :2] += n / 2
+    P = torch.zeros(1, n, device=device)
+    P[0, :2] = torch.tensor([1.0, -1.0])
+    L = torch.linalg.cholesky(A)
+    found = split_solve(P.clone(), L, ops_for(device), PANEL)
+    assert torch.allclose(found, P, atol=1e-3)
 
 
 @pytest.mark.gpu

@@ -1,5 +1,8 @@
 """Target correction: its formula in float64, both inputs of every linear, and what the sweep makes of them."""
 
+import math
+import weakref
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -18,16 +21,22 @@ from packager.model.packing import dequantize_linear
 from packager.pipeline.plan import make_plan
 from packager.quantize import block as block_module
 from packager.quantize import device_shares as shares_module
+from packager.quantize import engines, memory
 from packager.quantize.activations import Activations
 from packager.quantize.block_store import BlockStore
+from packager.quantize.engines import ENGINE_VERSION, engine_version
+from packager.quantize.gptq import cholesky
 from packager.quantize.gptq import target_correction as module
+from packager.quantize.gptq.cholesky import split_solve
 from packager.quantize.gptq.hessian import Hessian
+from packager.quantize.gptq.panels import shift_rows
 from packager.quantize.gptq.row_parts import part_of
+from packager.quantize.gptq.solve import solve
 from packager.quantize.gptq.target_correction import InputShift, corrected_targets
 from packager.quantize.job import QuantizeJob
 from packager.quantize.memory import SweepPlan, Workload, _Sizes, _way, sweep_ways
 from packager.quantize.ranks import SweepRank
-from packager.quantize.suspended_forward import Reference, sweep_sequential
+from packager.quantize.suspended_forward import Reference, _Inputs, sweep_sequential
 from packager.quantize.sweep import quantize
 from packager.receipt import ExpertLinearRecord, LinearRecord
 from packager.recipe.file import RecipeFile
@@ -63,18 +72,26 @@ def inputs(tokens: int = 40, columns: int = 12, seed: int = 0, rows: int = 5) ->
     return x, x0, torch.randn(rows, columns, generator=generator, dtype=torch.float64)
 
 
-def sums(x: Tensor, x0: Tensor) -> tuple[Tensor, Tensor]:
-    H, S = Hessian(x.shape[1], CPU), InputShift(x.shape[1], CPU)
+def sums(x: Tensor, x0: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    H, S = Hessian(x.shape[1], CPU), InputShift(weights)
     H.add(x.float())
     S.add(x.float(), x0.float())
     return H.matrix(), S.matrix()
+
+
+def corrected(weights: Sequence[Tensor], x: Tensor, x0: Tensor, *, strength: float) -> list[Tensor]:
+    H, S = sums(x, x0, weights)
+    before = H.clone()
+    found = corrected_targets(weights, H, S, strength=strength)
+    assert torch.equal(H, before)
+    return found
 
 
 def test_with_hardly_any_damping_a_target_is_the_least_squares_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """The weights that make the fp16 model's outputs of the quantized model's inputs, by another way than ours."""
     x, x0, weight = inputs()
     monkeypatch.setattr(module, "CORRECTION_DAMPING", 1e-7)
-    (found,) = corrected_targets([weight.float()], *sums(x, x0), strength=1.0)
+    (found,) = corrected([weight.float()], x, x0, strength=1.0)
     fit = torch.linalg.lstsq(x, x0 @ weight.T).solution.T
     assert torch.allclose(found.double(), fit, atol=1e-4)
     assert (found - weight).abs().max() > 0.1
@@ -85,7 +102,7 @@ def test_with_hardly_any_damping_a_target_is_the_least_squares_fit(monkeypatch: 
     assert lost(found.double()) < 0.8 * lost(weight)
 
 
-@pytest.mark.parametrize("rows", [5, 20], ids=["fewer rows than columns", "more"])
+@pytest.mark.parametrize("rows", [5, 6, 20], ids=["a sum of outputs", "as many rows as half the columns", "more"])
 @pytest.mark.parametrize("strength", [0.25, 1.0])
 def test_a_target_is_that_of_the_damped_formula(strength: float, rows: int) -> None:
     x, x0, weight = inputs(tokens=6, rows=rows)  # fewer tokens than columns: H alone has no inverse
@@ -93,29 +110,89 @@ def test_a_target_is_that_of_the_damped_formula(strength: float, rows: int) -> N
     S = 2 / 6 * torch.einsum("ti,tj->ij", x, x0 - x)
     damped = H + torch.eye(12) * H.diagonal().sum() / 12
     expected = weight + strength * weight @ (torch.linalg.inv(damped) @ S).T
-    first, second = corrected_targets([weight[:2].half(), weight[2:].float()], *sums(x, x0), strength=strength)
-    assert first.dtype == second.dtype == torch.float32
-    assert torch.allclose(second.double(), expected[2:], atol=1e-5)
-    assert torch.allclose(first.double(), expected[:2], atol=5e-3)
+    both = corrected([weight[:2].float(), weight[2:].float()], x, x0, strength=strength)
+    assert [each.dtype for each in both] == [torch.float32, torch.float32]
+    assert torch.allclose(torch.cat(both).double(), expected, atol=1e-5)
 
 
 def test_equal_inputs_leave_the_weights_as_they_are() -> None:
     x, _, weight = inputs()
-    (found,) = corrected_targets([weight.float()], *sums(x, x), strength=1.0)
+    (found,) = corrected([weight.float()], x, x, strength=1.0)
     assert torch.equal(found, weight.float())
+
+
+def test_inputs_that_are_always_zero_leave_the_weights_as_they_are() -> None:
+    _, _, weight = inputs()
+    (found,) = corrected([weight.float()], torch.zeros(40, 12), torch.zeros(40, 12), strength=1.0)
+    assert torch.equal(found, weight.float())
+
+
+# What the fp16 model's float16 and bfloat16 numbers round by: half of the last of 11 and of 8 bits.
+ROUNDING = {torch.float32: 2.0**-22, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+
+
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize("rows", [40, 240], ids=["a sum of outputs", "a sum of inputs"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_on_tensor_cores_a_target_misses_by_no_more_than_what_was_derived(
+    monkeypatch: pytest.MonkeyPatch, device: str, rows: int, dtype: torch.dtype
+) -> None:
+    """Correlated inputs, one of them 1000 times as large; the sums are given, so that their own rounding counts not."""
+    monkeypatch.setattr(module, "solve_rows", lambda P, L, ops: split_solve(P, L, ops, 64))
+    x, x0, weight = inputs(tokens=700, columns=300, rows=rows)
+    x, x0 = (each + each.roll(1, 1) + each[:, :1] for each in (x, x0))
+    x[:, 7] *= 1000
+    x0[:, 7] *= 1000
+    weights = [part.to(device, dtype) for part in weight.split([rows // 4, rows - rows // 4])]
+    W = torch.cat(weights).double()
+    H, S = (2 / 700 * (each.T @ x).float().to(device) for each in (x, x0 - x))
+    R = torch.linalg.solve(H.double() + H.double().diagonal().mean() * torch.eye(300, device=device), S.double().T).T
+    given = S if rows == 240 else (W @ S.double()).float()
+    before = H.clone()
+    found = torch.cat(corrected_targets(weights, H, given, strength=0.5))
+    assert found.dtype == torch.float32
+    assert torch.equal(H, before)
+    wrong, change = found.double() - W - 0.5 * W @ R, 0.5 * W @ R
+    # T is rounded, its solution exact to 22 bits in norm, and of a sum of inputs it is rounded to the weights' dtype.
+    rounding = ROUNDING[dtype] if rows == 240 else 0.0
+    size = H.diagonal().double().sqrt()
+    assert (wrong * size).norm() < rounding * (change * size).norm() + 2.0**-22 * (W * size).norm()
+    if rounding > 2.0**-12:
+        assert bool((wrong.abs() <= 0.5 * rounding * W.abs() @ R.abs() + 2.0**-22 * W.abs()).all())
+    assert (change * size).norm() > 0.03 * (W * size).norm()
+
+
+@pytest.mark.parametrize("wrong", ["H", "S"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("rows", [5, 20], ids=["a sum of outputs", "a sum of inputs"])
+@pytest.mark.parametrize("split", [False, True])
+def test_sums_that_are_not_finite_make_targets_that_are_not(
+    monkeypatch: pytest.MonkeyPatch, wrong: str, value: float, rows: int, split: bool
+) -> None:
+    if split:
+        monkeypatch.setattr(module, "solve_rows", lambda P, L, ops: split_solve(P, L, ops, 4))
+    x, x0, weight = inputs(rows=rows)
+    H, S = sums(x, x0, [weight.float()])
+    if wrong == "H":
+        H[3, 3] = value
+    else:
+        S[2, 3] = value
+    (found,) = corrected_targets([weight.float()], H, S, strength=0.5)
+    assert not bool(found.isfinite().all())
 
 
 def test_no_input_is_an_error() -> None:
     with pytest.raises(QuantizeError, match="never received an input"):
-        InputShift(4, CPU).matrix()
+        InputShift([torch.ones(4, 4)]).matrix()
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_the_products_of_several_ranks_are_those_of_one_device_bit_by_bit(size: int) -> None:
+@pytest.mark.parametrize(("size", "rows"), [(2, 200), (3, 200), (3, 7)])
+def test_the_products_of_several_ranks_are_those_of_one_device_bit_by_bit(size: int, rows: int) -> None:
+    weight = inputs(columns=200, rows=rows)[2].float()
     both = [inputs(tokens=5, columns=200, seed=seed)[:2] for seed in range(7)]
 
     def of(batches: range) -> InputShift:
-        found = InputShift(200, CPU)
+        found = InputShift([weight])
         for batch in batches:
             x, x0 = both[batch]
             found.add(x.float(), x0.float(), part_of(batch, 7))
@@ -123,7 +200,10 @@ def test_the_products_of_several_ranks_are_those_of_one_device_bit_by_bit(size: 
 
     alone = of(range(7)).matrix()
     x, x0 = (torch.cat(each) for each in zip(*both, strict=True))
-    assert torch.allclose(alone.double(), 2 / 35 * x.T @ (x0 - x), rtol=1e-4, atol=1e-5)
+    expected = 2 / 35 * (x0 - x).T @ x
+    if rows == 7:
+        expected = weight.double() @ expected
+    assert torch.allclose(alone.double(), expected, rtol=1e-4, atol=1e-5)
 
     def work(rank: SweepRank) -> Tensor | None:
         return rank.shift(of(rank.batches(7)), size - 1)
@@ -327,6 +407,72 @@ def test_what_a_correction_takes_beside_a_variant_is_planned(
 
     taken = measured(corrected=True) - measured(corrected=False)
     assert 0 < taken <= planned(corrected=True) - planned(corrected=False)
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["library", "tensor cores"])
+@pytest.mark.parametrize(("rows", "columns"), [(64, 512), (255, 512), (256, 512), (512, 512), (900, 512), (700, 1000)])
+def test_targets_are_made_in_the_memory_that_solving_takes_later(
+    monkeypatch: pytest.MonkeyPatch, rows: int, columns: int, split: bool
+) -> None:
+    if split:
+        monkeypatch.setattr(module, "solve_rows", lambda P, L, ops: split_solve(P, L, ops, 64))
+        monkeypatch.setattr(cholesky, "_SOLVE_COLUMNS", 128)  # a quarter of the columns, as of the narrowest on a GPU
+    weights = [torch.randn(rows, columns).half()]
+    x = torch.randn(2 * columns, columns)
+    H, S = x.T @ x, torch.randn(shift_rows(columns, rows), columns)
+    with PeakBytes() as counter:
+        H.view(-1), S.view(-1), weights[0].view(-1)  # are counted before
+        taken = weights[0].numel() * 2
+        found = corrected_targets(weights, H, S, strength=0.5)
+    assert found[0].shape == (rows, columns)
+    assert counter.peak - taken <= memory._solving_bytes(columns, rows) + 4 * rows * columns
+
+
+def test_a_sum_of_outputs_has_those_of_all_linears_that_see_the_input() -> None:
+    linears = {name: nn.Linear(64, 12).requires_grad_(False) for name in ("a", "b")}
+    x, x0, _ = (each.float() for each in inputs(columns=64))
+    expected = 2 / 40 * torch.cat([linear.weight for linear in linears.values()]) @ (x0 - x).T @ x
+    found = _Inputs(("a", "b"), linears, None, 1, shifted=True)
+    found.add(x, 0, x0)
+    seen: list[Tensor] = []
+    found.solve(lambda _, __, shift: seen.append(cast(InputShift, shift).matrix()), lambda *_: None)
+    assert torch.allclose(seen[0], expected, atol=1e-5)
+
+
+def test_s_is_freed_before_columns_are_solved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sum of outputs becomes the targets instead."""
+    alive: list[weakref.ref[Tensor]] = []
+    found: list[bool] = []
+
+    def recorded(weights: Sequence[Tensor], H: Tensor, S: Tensor, **kwargs: Any) -> list[Tensor]:
+        if len(S) == len(H):
+            alive.append(weakref.ref(S))
+        return corrected_targets(weights, H, S, **kwargs)
+
+    def solved(*args: Any, **kwargs: Any) -> Any:
+        found.append(any(each() is not None for each in alive))
+        return solve(*args, **kwargs)
+
+    monkeypatch.setattr(block_module, "corrected_targets", recorded)
+    monkeypatch.setattr(block_module, "solve", solved)
+    run(open_folder(save_model(tmp_path / "model", "llama")), tmp_path / "work", CORRECTED)
+    assert found == [False] * 3 * len(GROUPS)
+    assert len(alive) >= 3
+
+
+def test_a_sum_of_outputs_is_kept_where_it_takes_less_arithmetic() -> None:
+    """For each token: two products with as many columns as inputs, of outputs, instead of one of inputs."""
+    assert [shift_rows(100, rows) for rows in (1, 49, 50, 51, 100, 500)] == [1, 49, 100, 100, 100, 100]
+
+
+def test_variants_with_a_correction_have_a_version_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a change of the correction leaves the others finished."""
+    before = [engine_version(each) for each in (variant(), CORRECTED)]
+    assert before[0] == ENGINE_VERSION
+    monkeypatch.setattr(engines, "_CORRECTION_VERSION", -1)
+    after = [engine_version(each) for each in (variant(), CORRECTED)]
+    assert after[0] == before[0]
+    assert len({*after, before[1]}) == 3
 
 
 def test_variants_without_a_correction_keep_their_parameters() -> None:

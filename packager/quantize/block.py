@@ -173,10 +173,11 @@ class _BlockSolver:
         number = self._number_of[group]
         owner = number % self._job.rank.size
         tokens = int(self._job.rank.total([hessian.num_tokens]))
-        S = None if shift is None else self._job.rank.shift(shift, owner)
         try:
-            # H is not kept here, so that it is freed when it is factored.
-            parts = self._solve_linears(group, number, self._job.rank.hessian(hessian, owner), S, tokens)
+            # H and S are not kept here, so that each is freed when it is used.
+            parts = self._solve_linears(
+                group, number, self._job.rank.hessian(hessian, owner), self._job.rank.shift(shift, owner), tokens
+            )
         except QuantizeError as error:
             names = ", ".join(self._job.names[module] for module in group)
             error.where = f"{self._job.variant.branch}, {names}"
@@ -199,6 +200,7 @@ class _BlockSolver:
         weights = [self._linears[module].weight for module in group]
         refined = self._refined([tokens], weights[0].shape[-1])
         targets, finite = self._targets(weights, H, S)
+        del S
         factor = self._factor(H)
         del H
         solution = self._solution(targets, factor, refined, names[0])

@@ -20,7 +20,7 @@ from packager.model.batches import (
     rows_per_batch,
     running_bytes,
 )
-from packager.quantize.gptq.panels import panels_bytes
+from packager.quantize.gptq.panels import panels_bytes, shift_rows
 from packager.quantize.gptq.row_parts import MOST_PARTS, batches_of_rank, most_sums, parts_of_rank
 from packager.quantize.tuning_memory import tuning_bytes
 from packager.system.text import format_bytes
@@ -34,8 +34,6 @@ USABLE = 0.92
 
 # Float32 matrices [in_features, in_features] of the widest linear that exist at once while its Hessian is factored.
 _SQUARES = 4
-# Those that a target correction adds: S, the damped Hessian, its factor, and the product of both inverses with S.
-_CORRECTION_SQUARES = 3
 # Bytes per weight that exist at once while a group of linears is solved: the weights in solving order, their
 # dequantization errors, the integers twice, and float32 products. A refinement frees the weights, and has the errors of
 # the column loop and a product of their size.
@@ -303,8 +301,10 @@ class _Sizes:
             sums = self._sums * panels_bytes(group.in_features)
             solving = _solving_bytes(group.in_features, group.out_features)
             if self._corrected and group.experts is None:
-                sums += self._sums * square
-                solving += _CORRECTION_SQUARES * square + 4 * group.in_features * group.out_features
+                sums += self._sums * 4 * shift_rows(group.in_features, group.out_features) * group.in_features
+                # The targets, in float32. While they are made, S, the damped Hessian, its factor, and on a CPU the
+                # solution and another copy of the factor take no more than solving does later.
+                solving += 4 * group.in_features * group.out_features
             if group.experts is None:
                 peaks.append(suspended + max(solving, sums + running))
             else:

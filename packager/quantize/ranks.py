@@ -157,9 +157,9 @@ class SweepRank:
         found = self._total(hessian, owner)
         return None if found is None else hessian_of_sum(*found)
 
-    def shift(self, shift: InputShift, owner: int) -> Tensor | None:
-        """Return S of all ranks' inputs on the rank `owner`, and None on the others; see `hessian`."""
-        found = self._total(shift, owner)
+    def shift(self, shift: InputShift | None, owner: int) -> Tensor | None:
+        """Return S of all ranks' inputs on the rank `owner`, None on the others or where no rank has it; `hessian`."""
+        found = None if shift is None else self._total(shift, owner)
         return None if found is None else shift_of_sum(*found)
 
     def _total(self, products: ProductSums, owner: int | None) -> tuple[PanelSum | None, int] | None:

@@ -258,7 +258,8 @@ class _Inputs:
         self._parts = parts or [part_of(batch, num_batches) for batch in range(num_batches)]
         first = linears.get(group[0])
         self._hessian = None if first is None else Hessian(first.in_features, first.weight.device)
-        self._shift = InputShift(first.in_features, first.weight.device) if first is not None and shifted else None
+        weights = [linears[name].weight for name in group if name in linears]
+        self._shift = InputShift(weights) if weights and shifted else None
         self._routed: list[RoutedInputs] = []
 
     def add(self, inputs: Tensor | RoutedInputs, batch: int, reference: Tensor | RoutedInputs | None = None) -> None:

@@ -1,11 +1,14 @@
-"""Cholesky factorisations panel by panel: of a batch of matrices, and of one wide matrix on the tensor cores.
+"""Cholesky factorisations panel by panel, of a batch of matrices or of a wide one, and solving with a factor.
 
 On CUDA the library factors a batch of wide matrices one after the other, or one per multiprocessor: too small pieces
 of work for the GPU. `blocked_cholesky` makes every step one call for the whole batch.
 
-The library computes one wide matrix without tensor cores. `split_cholesky` leaves it the diagonal blocks and the
-triangular solves, and makes the products, most of the arithmetic, of float16 parts.
+The library computes one wide matrix, and solves with its factor, without tensor cores. `split_cholesky` leaves it the
+diagonal blocks and the triangular solves, `split_solve` the inverses of diagonal blocks. Both make the products, most
+of the arithmetic, of float16 parts.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +22,12 @@ SPLIT_WIDTH = 11008
 SPLIT_PANEL = 256
 _UPDATE_COLUMNS = 2048  # of one product; right of the diagonal it computes what nothing reads
 _HEADROOM = 2.0**9  # bounds the float16 parts: entries far below the largest of their row keep their bits, too
+# `split_solve`: columns of a diagonal block that is inverted, and the most columns of a product.
+SOLVE_PANEL = 256
+_SOLVE_COLUMNS = 1024
+# The norm of a row that is solved for; its solutions exceed it by up to 2 sqrt(n + 1), and float16 ends at 2^16.
+_SOLVE_NORM = 2.0**7
+_SMALLEST_NORM = 2.0**-60  # of such a row: keeps the factor of a row of zeros finite
 
 
 def blocked_cholesky(A: Tensor, panel: int = _PANEL) -> tuple[Tensor, Tensor]:
@@ -118,3 +127,93 @@ def _subtract_square(total: Tensor, x: Tensor, parts: Tensor, ops: TensorOps) ->
     for begin in range(0, x.shape[0], _UPDATE_COLUMNS):
         columns = slice(begin, begin + _UPDATE_COLUMNS)
         ops.add_product(total[begin:, columns], left[begin:], right[:, columns], alpha=-1)
+
+
+def split_solve(P: Tensor, L: Tensor, ops: TensorOps, panel: int = SOLVE_PANEL) -> Tensor:
+    """Overwrite P by P A^-1, A = L L^T, with products of float16 parts: X L^T = P, then R L = X.
+
+    Rows of L are divided by powers of two near their norms, columns of P likewise, and each row of P by one near its
+    own. For a matrix with `CORRECTION_DAMPING`, whose A_ii are at most n + 1 times its least eigenvalue, no part then
+    exceeds float16 for n up to 65,000.
+
+    The error: R is exact for A + E, |E| <= c u |L| |L^T| with u = 2^-22 of two parts. Hence with that damping lambda,
+    where trace(A) = 2 n lambda and |A^-1| <= 1 / lambda, the error of a row of R is within 2 n c u of its norm, and
+    with parts of 11 bits alone it could be as large as R.
+
+    Args:
+        P: float32 [k, n], rows dense; a row is a right-hand side.
+        L: lower triangular float32 [n, n]; its rows are scaled in place.
+        ops: splits and multiplies.
+        panel: columns of a diagonal block, whose inverse is a factor of its own: for a matrix damped that much it is
+            exact enough.
+    """
+    n = L.shape[0]
+    size = torch.exp2(torch.ceil(torch.log2(torch.linalg.vector_norm(L, dim=1))))
+    L.div_(size[:, None])
+    P.div_(size)
+    blocks = [(begin, min(begin + panel, n)) for begin in range(0, n, panel)]
+    inverses = [(slice(*block), each) for block, each in zip(blocks, inverse_blocks(L.mT, blocks), strict=True)]
+    backwards = [(columns, inverse.mT) for columns, inverse in reversed(inverses)]
+    for triangle, panels in ((L, inverses), (L.mT, backwards)):
+        norms = torch.linalg.vector_norm(P, dim=1, keepdim=True).clamp(min=_SMALLEST_NORM)
+        scale = torch.exp2(torch.floor(torch.log2(_SOLVE_NORM / norms)))
+        _solve_columns(P.mul_(scale), triangle, panels, ops)
+        P.div_(scale)
+    return P.div_(size)
+
+
+def _solve_columns(P: Tensor, T: Tensor, panels: Sequence[tuple[slice, Tensor]], ops: TensorOps) -> None:
+    """Overwrite columns of P by those of X, X T^T = P, first those of half of the panels: a product then has many.
+
+    Args:
+        P: float32 [k, n].
+        T: triangular float32 [n, n].
+        panels: columns in the order in which they are solved, each with the inverse of T^T's diagonal block.
+        ops: splits and multiplies.
+    """
+    if len(panels) == 1:
+        ((columns, inverse),) = panels
+        P[:, columns] = ops.add_product(None, P[:, columns], inverse)
+        return
+    first, second = panels[: len(panels) // 2], panels[len(panels) // 2 :]
+    _solve_columns(P, T, first, ops)
+    solved, rest = _span(first), _span(second)
+    for begin in range(solved.start, solved.stop, _SOLVE_COLUMNS):
+        some = slice(begin, min(begin + _SOLVE_COLUMNS, solved.stop))
+        _subtract_product(P[:, rest], P[:, some], T[rest, some], ops)
+    _solve_columns(P, T, second, ops)
+
+
+def _span(panels: Sequence[tuple[slice, Tensor]]) -> slice:
+    return slice(min(columns.start for columns, _ in panels), max(columns.stop for columns, _ in panels))
+
+
+def _subtract_product(total: Tensor, x: Tensor, y: Tensor, ops: TensorOps) -> None:
+    """Subtract x y^T, but for the product of the two low parts: x is high, low, high and y is low, high, high.
+
+    `_subtract_square` says why it is one sum in this order.
+
+    Args:
+        total: float32 [k, m].
+        x: float32 [k, columns].
+        y: float32 [m, columns].
+        ops: splits and multiplies.
+    """
+    left, right = (torch.empty(len(each), 3, x.shape[1], dtype=torch.float16, device=x.device) for each in (x, y))
+    ops.split(x, None, None, (left[:, 0], left[:, 1]))
+    ops.split(y, None, None, (right[:, 1], right[:, 0]))
+    left[:, 2], right[:, 2] = left[:, 0], right[:, 1]
+    ops.add_product(total, left.flatten(1), right.flatten(1).T, alpha=-1)
+
+
+def inverse_blocks(U: Tensor, blocks: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """Return the inverses of U's diagonal blocks, upper triangular; blocks of one width are inverted in one call."""
+    inverses: dict[int, Tensor] = {}
+    for width in {end - begin for begin, end in blocks}:
+        chosen = [number for number, (begin, end) in enumerate(blocks) if end - begin == width]
+        squares = torch.stack([U[..., slice(*blocks[number]), slice(*blocks[number])] for number in chosen])
+        identity = torch.eye(width, dtype=U.dtype, device=U.device).expand_as(squares)
+        inverses |= dict(
+            zip(chosen, torch.linalg.solve_triangular(squares, identity, upper=True).contiguous(), strict=True)
+        )
+    return [inverses[number] for number in range(len(blocks))]

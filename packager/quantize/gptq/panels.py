@@ -21,3 +21,16 @@ def panels_bytes(in_features: int) -> int:
     return sum(
         _FLOAT32_BYTES * (panel.stop - panel.start) * (in_features - panel.start) for panel in panels(in_features)
     )
+
+
+def shift_rows(in_features: int, out_features: int) -> int:
+    """Return the rows of a target correction's sum (see `target_correction`), whose columns are the inputs.
+
+    A row for each input, or for each output where that takes less arithmetic: the outputs of the inputs' differences
+    must be computed before, which takes as much as the sum.
+
+    Args:
+        in_features: of linears that see the same input.
+        out_features: of these linears together.
+    """
+    return out_features if 2 * out_features < in_features else in_features

@@ -59,19 +59,20 @@ def add_up(sums: Mapping[PartialSum, _T], add: Callable[[_T, _T], _T]) -> _T:
         sums: of parts that do not overlap; at least one.
         add: returns a new value, and gets the earlier part first.
     """
-
-    def total(level: int, index: int) -> _T | None:
-        if (level, index) in sums or level == 0:
-            return sums.get((level, index))
-        left, right = total(level - 1, 2 * index), total(level - 1, 2 * index + 1)
-        if left is None or right is None:
-            return right if left is None else left
-        return add(left, right)
-
-    found = total(_LEVELS, 0)
+    found = _total(sums, add, _LEVELS, 0)
     if found is None:
         raise ValueError("there is nothing to add up")
     return found
+
+
+def _total(sums: Mapping[PartialSum, _T], add: Callable[[_T, _T], _T], level: int, index: int) -> _T | None:
+    # No function inside `add_up`: one that calls itself would keep the sums until the garbage collector runs.
+    if (level, index) in sums or level == 0:
+        return sums.get((level, index))
+    left, right = (_total(sums, add, level - 1, 2 * index + half) for half in range(2))
+    if left is None or right is None:
+        return right if left is None else left
+    return add(left, right)
 
 
 def most_sums(parts: range) -> int:

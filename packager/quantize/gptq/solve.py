@@ -22,6 +22,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from packager.quantize.gptq.cholesky import inverse_blocks
 from packager.quantize.gptq.choose_ops import ops_for
 from packager.quantize.gptq.grid import GridRules
 from packager.quantize.gptq.hessian import Factor
@@ -295,16 +296,3 @@ def column_blocks(in_features: int, group_size: int) -> list[tuple[int, int]]:
             for begin in range(group, min(group + group_size, in_features), COLUMN_BLOCK)
         ]
     return list(zip(starts, [*starts[1:], in_features], strict=True))
-
-
-def inverse_blocks(U: Tensor, blocks: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """Return the inverses of U's diagonal blocks, upper triangular; blocks of one width are inverted in one call."""
-    inverses: dict[int, Tensor] = {}
-    for width in {end - begin for begin, end in blocks}:
-        chosen = [number for number, (begin, end) in enumerate(blocks) if end - begin == width]
-        squares = torch.stack([U[..., slice(*blocks[number]), slice(*blocks[number])] for number in chosen])
-        identity = torch.eye(width, dtype=U.dtype, device=U.device).expand_as(squares)
-        inverses |= dict(
-            zip(chosen, torch.linalg.solve_triangular(squares, identity, upper=True).contiguous(), strict=True)
-        )
-    return [inverses[number] for number in range(len(blocks))]
