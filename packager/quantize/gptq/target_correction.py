@@ -34,7 +34,7 @@ class InputShift(ProductSums):
     """Accumulate S, the products of what the fp16 model's inputs of linears differ by with the inputs; or W S.
 
     Args:
-        weights: [out_features, in_features] each, of the linears that see the inputs, in the fp16 model.
+        weights: [out_features, in_features] each, of the linears that see the inputs, in the fp16 model and its dtype.
         ops: the operations to use; None takes the device's.
     """
 
@@ -42,7 +42,7 @@ class InputShift(ProductSums):
         in_features = weights[0].shape[1]
         rows = shift_rows(in_features, sum(weight.shape[0] for weight in weights))
         super().__init__([slice(0, rows)], in_features, weights[0].device, ops)
-        self._weights = weights if rows != in_features else ()
+        self._weight = None if rows == in_features else weights[0] if len(weights) == 1 else torch.cat(list(weights))
 
     def add(self, x: Tensor, reference: Tensor, part: int = 0) -> None:
         """Add inputs of the same tokens in both models.
@@ -54,8 +54,8 @@ class InputShift(ProductSums):
         """
         x, reference = (each.reshape(-1, each.shape[-1]) for each in (x, reference))
         shift = reference - x
-        if self._weights:
-            shift = torch.cat([shift @ weight.mT for weight in self._weights], dim=1)
+        if self._weight is not None:
+            shift = shift @ self._weight.mT
         self.add_products(shift, x, part)
 
     def matrix(self) -> Tensor:
@@ -89,7 +89,7 @@ def corrected_targets(
     in norm by less than u of what is added to W. That is enough, because T only says what is rounded to a grid.
 
     Args:
-        weights: [out_features, in_features] each, any float dtype; not modified.
+        weights: [out_features, in_features] each, of one float dtype; not modified.
         H: float32 [in_features, in_features]; not modified.
         S: what `InputShift` gives for these weights; overwritten.
         strength: A, the part of the correction that is taken, 0 to 1.
@@ -124,6 +124,6 @@ def _products(weights: Sequence[Tensor], change: Tensor, strength: float, ops: T
     """
     largest = torch.linalg.vector_norm(change, torch.inf).clamp(min=_SMALLEST_ENTRY)
     scale = torch.exp2(torch.floor(torch.log2(_LARGEST_ENTRY / largest)))
-    change.mul_(scale)
-    targets = [ops.add_product(None, weight, change.to(weight.dtype)) for weight in weights]
+    entries = change.mul_(scale).to(weights[0].dtype)
+    targets = [ops.add_product(None, weight, entries) for weight in weights]
     return [target.mul_(strength / scale).add_(weight) for target, weight in zip(targets, weights, strict=True)]
