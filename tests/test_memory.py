@@ -220,7 +220,7 @@ def test_the_error_states_the_memory_that_would_be_enough():
         choose_sweep(LARGE, "cuda", device_limit=6 * GB, host_limit=16 * GB)
     assert str(caught.value) == (
         "quantizing does not fit into this machine's memory\n"
-        "  why: it needs 6.13 GB of the device and 2.24 GB of the host; there are 6.00 GB and 16.00 GB\n"
+        "  why: it needs 6.13 GB of the device and 2.26 GB of the host; there are 6.00 GB and 16.00 GB\n"
         "  hint: use a larger GPU, a higher --gpu-memory, or fewer calibration rows"
     )
     assert caught.value.exit_code == 12

@@ -62,7 +62,8 @@ MAY_IMPORT_TORCH = (
     "packager.model.computed_buffers", "packager.model.contexts", "packager.model.decoder", "packager.model.describe",
     "packager.model.described_groups", "packager.model.experts",
     "packager.model.fused_blocks", "packager.model.fused_kernels", "packager.model.packing", "packager.model.skeleton",
-    "packager.model.stored_names", "packager.model.trace", "packager.model.traced_forward",
+    "packager.model.staged_copies", "packager.model.stored_names", "packager.model.trace",
+    "packager.model.traced_forward",
     "packager.prove.evaluate", "packager.prove.verify",
     "packager.quantize",
 )  # fmt: skip

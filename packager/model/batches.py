@@ -17,6 +17,8 @@ TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 16384}
 
 # Threads that read a block for a GPU: one reads 13B's block of 634 MB in some 0.5 s, two GPUs compute it in 0.3 s.
 BLOCK_READERS = 4
+# Pinned memory through which each of them copies; a piece of that size takes some 0.1 ms to an H200.
+STAGED_BYTES = 2**22
 # Weights of a linear that are dequantized at once. On a CPU the parts stay in its cache: [4096, 5120] takes 0.08 s,
 # all at once 0.21 s (2 cores). A GPU needs many to be busy, and few kernels are launched.
 DEQUANTIZED_AT_ONCE = {"cpu": 2**20, "cuda": 2**24}

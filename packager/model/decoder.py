@@ -22,6 +22,7 @@ from packager.model.computed_buffers import compute_buffers
 from packager.model.contexts import Context, OutputOf, shared_contexts
 from packager.model.fused_blocks import fuse
 from packager.model.skeleton import build_skeleton, place
+from packager.model.staged_copies import StagedCopies
 from packager.model.stored_names import ReadTensor, StoredNames, saved_tensors
 from packager.model.trace import Trace, blocks_replaced, trace
 
@@ -87,6 +88,7 @@ class Decoder:
         self.fused = fuse(self._model)
         place(self._model, device)
         self._reading: torch.cuda.Stream | None = None
+        self._staged = StagedCopies(device)
         if device.type == "cuda":
             self._reading = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._path = self._trace.blocks_path
@@ -152,7 +154,8 @@ class Decoder:
 
         def weight(name: str, readers: ThreadPoolExecutor | None = None) -> Tensor:
             with self._on_reading_stream():
-                tensor = self._read_tensor(sources[name], readers).to(device, self._dtype_of(places[name]))
+                tensor, dtype = self._read_tensor(sources[name], readers), self._dtype_of(places[name])
+                tensor = self._staged.copy(tensor, dtype) if device.type == "cuda" else tensor.to(device, dtype)
                 with checking:  # it takes more memory than the tensor while it runs
                     if not bool(torch.isfinite(tensor).all()):
                         raise SourceError("the weights contain NaN or Inf", where=prefix + name, hint=self._damaged)

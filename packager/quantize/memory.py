@@ -12,7 +12,9 @@ from typing import Literal
 from packager.errors import MachineError
 from packager.model.architecture import Architecture, GroupWidths
 from packager.model.batches import (
+    BLOCK_READERS,
     ELEMENT_BYTES,
+    STAGED_BYTES,
     TRACED_BYTES,
     WEIGHT_COPIES,
     converted_bytes,
@@ -269,7 +271,8 @@ class _Sizes:
 
     def host(self, num_variants: int) -> int:
         """Return host bytes without activations: blocks being read, packed blocks being written, an embedding."""
-        return 2 * self.weights + num_variants * self.weights // 2 + 2 * self._architecture.largest_tensor_bytes
+        blocks = 2 * self.weights + num_variants * self.weights // 2 + BLOCK_READERS * STAGED_BYTES
+        return blocks + 2 * self._architecture.largest_tensor_bytes
 
     def resident(self, waiting: Literal["device", "host"]) -> int:
         """Return the device bytes of a block's weights and packed tensors, which are there until it is finished.
