@@ -25,7 +25,7 @@ from packager.quantize.gptq.solve import Solution, solve
 from packager.quantize.gptq.target_correction import InputShift, corrected_targets
 from packager.quantize.memory import expert_slices
 from packager.quantize.ranks import Owned, SweepRank
-from packager.quantize.solved_linears import SolvedLinears
+from packager.quantize.solved_linears import SolvedLinears, start_copying
 from packager.quantize.suspended_forward import Reference, linears_of, run_forward, sweep_parallel, sweep_sequential
 from packager.quantize.tune_block import Tuning, tune_block
 from packager.receipt import LinearRecord
@@ -145,6 +145,7 @@ class _BlockSolver:
         self._order = order_of(job.variant)
         self._number_of = {group: number for number, group in enumerate(job.groups)}
         self._solved: list[SolvedLinears] = []
+        self._copied: Callable[[], list[SolvedLinears]] = list
         self._owned: list[Owned] = []
         self._records: dict[tuple[int, int], tuple[LinearRecord, ...]] = {}
         self._tensors: dict[str, Tensor] = {}
@@ -158,12 +159,12 @@ class _BlockSolver:
             sweep_sequential(
                 self._block, job.groups, job.states, job.contexts, self._solve, solve_experts=self._solve_experts,
                 parts=job.parts, suspended=job.suspended, reference=job.reference, last=last,
-                on_solved=self._on_solved,
+                on_solved=self._on_solved, check=self._check,
             )  # fmt: skip
         else:
             sweep_parallel(
                 self._block, job.groups, job.states, job.contexts, self._solve, solve_experts=self._solve_experts,
-                parts=job.parts, last=last, on_solved=self._on_solved,
+                parts=job.parts, last=last, on_solved=self._on_solved, check=self._check,
             )  # fmt: skip
         if tuned:
             self._tune(load)
@@ -332,9 +333,7 @@ class _BlockSolver:
 
     def _on_solved(self) -> None:
         self._share_all()
-        self._check()
-        if self._job.variant.effort != "high":
-            self._job.on_outputs_needed()
+        self._copied = start_copying(self._solved)
 
     def _tune(self, load: Callable[[], nn.Module]) -> None:
         """Tune the linears together, pack them, and replace the states by the outputs of the tuned block."""
@@ -358,16 +357,17 @@ class _BlockSolver:
             run_forward(self._block, job.groups, job.states, job.contexts)
 
     def _check(self) -> None:
-        """Wait for the device, and report the linears that it solved; do so on every rank or on none.
+        """Wait for the linears that the device solved, and report them; do so on every rank or on none.
 
         Raises:
             _NeedsChecks: a factorisation failed, or a scale does not fit float16, on any rank.
         """
-        solved, self._solved = self._solved, []
-        failed = bool(solved) and not bool(torch.stack([group.succeeded for group in solved]).all())
-        if self._job.rank.any(failed):
+        solved = self._copied()
+        if self._job.rank.any(not all(bool(group.succeeded) for group in solved)):
             raise _NeedsChecks
         self._report_all(solved)
+        if self._job.variant.effort != "high":
+            self._job.on_outputs_needed()
 
     def _report_all(self, solved: Sequence[SolvedLinears]) -> None:
         for group in solved:

@@ -1,10 +1,14 @@
 """The linears of a block that were quantized together, while the device may still be computing."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from packager.quantize.host_copies import HostCopies
 from packager.receipt import ExpertLinearRecord, LinearRecord
+
+_COMPUTED = ("losses", "unrefined_losses", "succeeded")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,3 +47,28 @@ class SolvedLinears:
             ExpertLinearRecord(**record.model_dump(), tokens=tokens, rho=rho)
             for record, (tokens, rho) in zip(found, self.calibrated, strict=True)
         )
+
+
+def start_copying(solved: Sequence[SolvedLinears]) -> Callable[[], list[SolvedLinears]]:
+    """Start copying to the host what the device computes of these linears.
+
+    Returns:
+        What waits for the copies, but not for later work of the device, and returns the linears with them.
+    """
+    copies = HostCopies(
+        {f"{number} {name}": getattr(each, name) for number, each in enumerate(solved) for name in _COMPUTED}
+    )
+
+    def finished() -> list[SolvedLinears]:
+        found = copies.wait()
+        return [
+            replace(
+                each,
+                losses=found[f"{number} losses"],
+                unrefined_losses=found[f"{number} unrefined_losses"],
+                succeeded=found[f"{number} succeeded"],
+            )
+            for number, each in enumerate(solved)
+        ]
+
+    return finished

@@ -35,6 +35,7 @@ from packager.quantize.gptq.target_correction import InputShift
 # Given the Hessian, and S where the fp16 model's activations are known.
 SolveGroup = Callable[[Group, Hessian, InputShift | None], None]
 SolveExperts = Callable[[str, Sequence[RoutedInputs]], None]
+OnSolved = Callable[[], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,9 @@ class Reference:
 
 def _refuse_experts(name: str, _: Sequence[RoutedInputs]) -> None:
     raise QuantizeError("experts cannot be quantized here", where=name)
+
+
+def _ignore() -> None: ...
 
 
 def linears_of(block: nn.Module) -> dict[str, nn.Linear]:
@@ -110,7 +114,7 @@ def linear_groups(block: nn.Module, hidden: Tensor, context: Context) -> tuple[G
 def sweep_sequential(
     block: nn.Module, groups: Sequence[Group], states: Activations, contexts: Sequence[Context], solve: SolveGroup, *,
     solve_experts: SolveExperts = _refuse_experts, parts: Sequence[int] | None = None, suspended: int | None = None,
-    reference: Reference | None = None, last: bool = False, on_solved: Callable[[], None] = lambda: None,
+    reference: Reference | None = None, last: bool = False, on_solved: OnSolved = _ignore, check: OnSolved = _ignore,
 ) -> None:  # fmt: skip
     """Quantize group after group while the batches are inside the block.
 
@@ -126,13 +130,13 @@ def sweep_sequential(
             beginning for every group, with the same values. None: all of them stay.
         reference: the fp16 model's activations; as many of its batches stay suspended inside the block.
         last: the quantized block's outputs are not needed, and the states stay its inputs.
-        on_solved: called when every group is quantized and the states are still the block's inputs; may raise.
+        on_solved: called when every group is quantized.
+        check: called when one more batch runs, so that a GPU has work meanwhile, and no state is replaced; may raise.
 
     Raises:
         QuantizeError: a batch does not reach the linears, or not in the order of `groups`.
     """
-    linears, main = linears_of(block), getcurrent()
-    done: set[str] = set()
+    linears, main, done = linears_of(block), getcurrent(), set[str]()
     paused: dict[int, greenlet] = {}
 
     def stop(name: str, x: Tensor | RoutedInputs) -> None:
@@ -158,8 +162,12 @@ def sweep_sequential(
             inputs.solve(solve, solve_experts)
             done.add(group[0])
         on_solved()
-        for index in range(0 if last else len(states)):
-            states.put(index, run_of(index).switch())
+        outputs = enumerate(run_of(index).switch() for index in range(0 if last else len(states)))
+        output = next(outputs, None)
+        check()
+        while output is not None:
+            states.put(*output)
+            output = next(outputs, None)
         for run in paused.values():
             run.throw()
         fp16.finish()
@@ -313,11 +321,12 @@ def sweep_parallel(
     solve_experts: SolveExperts = _refuse_experts,
     parts: Sequence[int] | None = None,
     last: bool = False,
-    on_solved: Callable[[], None] = lambda: None,
+    on_solved: OnSolved = _ignore,
+    check: OnSolved = _ignore,
 ) -> None:
     """Quantize all groups on the original block's activations (true_sequential False), in two forwards per batch.
 
-    Arguments, effect and errors are those of `sweep_sequential`.
+    Arguments, effect and errors are those of `sweep_sequential`; `check` is called before any batch runs on.
     """
     linears = linears_of(block)
     inputs = {group[0]: _Inputs(group, linears, parts, len(states)) for group in groups}
@@ -349,6 +358,7 @@ def sweep_parallel(
     for group in groups:
         inputs.pop(group[0]).solve(solve, solve_experts)
     on_solved()
+    check()
     if not last:
         run_forward(block, groups, states, contexts)
 
