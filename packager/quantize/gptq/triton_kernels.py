@@ -26,6 +26,31 @@ def _float16(scale, SMALLEST: tl.constexpr):
 
 
 @triton.jit
+def _residual(x, y, c):
+    """Return x - y c, which is exact where y is next to x / c and c has at most 12 bits: both parts of y fit c."""
+    upper = (y.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
+    return (x - upper * c) - (y - upper) * c
+
+
+@triton.jit
+def reciprocal(scale):
+    """Return 1 / scale rounded to nearest, for float16 values: as div_rn, without its branches.
+
+    The quotient y is off by 2 units in the last place at most. Corrected, it is off by 2^-42 of itself, and no
+    reciprocal of 11 bits is within 2^-35 of the middle of two float32 numbers.
+    """
+    y = 1.0 / scale
+    return y + y * _residual(1.0, y, scale)
+
+
+@triton.jit
+def _divided(x, DIVISOR: tl.constexpr):
+    """Return x / DIVISOR, a whole number of at most 8 bits, rounded to nearest where the result is a normal number."""
+    y = x * (1.0 / DIVISOR)
+    return tl.where(x < 1e30, y + _residual(x, y, DIVISOR * 1.0) * (1.0 / DIVISOR), y)
+
+
+@triton.jit
 def _grid_of(low, high, MAXQ: tl.constexpr, SYM: tl.constexpr, SMALLEST: tl.constexpr):
     """Return scale and zero of the grid that spans [low, high].
 
@@ -36,7 +61,7 @@ def _grid_of(low, high, MAXQ: tl.constexpr, SYM: tl.constexpr, SMALLEST: tl.cons
     low = tl.where(empty, -1.0, low)
     high = tl.where(empty, 1.0, high)
     if SYM:
-        scale = _float16(tl.math.div_rn(2 * tl.maximum(-low, high), MAXQ * 1.0), SMALLEST)
+        scale = _float16(_divided(2 * tl.maximum(-low, high), MAXQ), SMALLEST)
         return scale, tl.zeros_like(scale) + (MAXQ + 1) // 2
     scale = _float16(tl.math.div_rn(high - low, MAXQ * 1.0), SMALLEST)
     zero = round_between(tl.math.div_rn(-low, scale), 0.0, MAXQ * 1.0)
@@ -48,15 +73,27 @@ def _grid_of(low, high, MAXQ: tl.constexpr, SYM: tl.constexpr, SMALLEST: tl.cons
 @triton.jit
 def _negative_scale(low, high, MAXQ: tl.constexpr, SMALLEST: tl.constexpr):
     """Return the negative scale of a symmetric grid: a step more above zero than below, see `grid.py`."""
-    half = MAXQ * 0.5
-    return -_float16(tl.math.div_rn(tl.maximum(-low, high), tl.where(high > -low, half + 0.5, half)), SMALLEST)
+    size = tl.maximum(-low, high)
+    return -_float16(tl.where(high > -low, size * (2.0 / (MAXQ + 1)), _divided(2 * size, MAXQ)), SMALLEST)
+
+
+@triton.jit
+def _tried_grids(
+    low, high, shrink, MAXQ: tl.constexpr, SYM: tl.constexpr, SIGNED: tl.constexpr, SMALLEST: tl.constexpr
+):
+    """Return scale and zero for a shrunken range, and the negative scale if it is tried too, else the scale again."""
+    low, high = low * shrink, high * shrink
+    scale, zero = _grid_of(low, high, MAXQ, SYM, SMALLEST)
+    negative = scale
+    if SIGNED:
+        negative = _negative_scale(low, high, MAXQ, SMALLEST)
+    return scale, zero, negative
 
 
 @triton.jit
 def _error_of(w, column_weight, scale, zero, MAXQ: tl.constexpr):
     """Return sum_i column_weight_i (w_i - scale (q_i - zero))^2; w and column_weight are 0 beyond the group."""
-    inverse = tl.math.div_rn(tl.zeros_like(scale) + 1.0, scale)
-    steps = round_between(w * inverse[None, :], -zero[None, :], MAXQ - zero[None, :])
+    steps = round_between(w * reciprocal(scale)[None, :], -zero[None, :], MAXQ - zero[None, :])
     wrong = w - steps * scale[None, :]
     return tl.sum(wrong * wrong * column_weight[:, None], 0)
 
@@ -72,18 +109,20 @@ def _best_grid(
     scale, zero = _grid_of(low, high, MAXQ, SYM, SMALLEST)
     if STEPS > 1:
         least = tl.zeros_like(low) + float("inf")
+        # The next range's grids are computed beside the errors of this one's, which keep the units busy.
+        next_scale, next_zero, next_negative = _tried_grids(low, high, tl.load(shrink_ptr), MAXQ, SYM, SIGNED, SMALLEST)
         for step in range(STEPS):
-            shrink = tl.load(shrink_ptr + step)
-            tried_scale, tried_zero = _grid_of(low * shrink, high * shrink, MAXQ, SYM, SMALLEST)
+            tried_scale, tried_zero, negative = next_scale, next_zero, next_negative
+            shrink = tl.load(shrink_ptr + tl.minimum(step + 1, STEPS - 1))
+            next_scale, next_zero, next_negative = _tried_grids(low, high, shrink, MAXQ, SYM, SIGNED, SMALLEST)
             error = _error_of(w, column_weight, tried_scale, tried_zero, MAXQ)
             better = error < least
             least = tl.where(better, error, least)
             scale = tl.where(better, tried_scale, scale)
             zero = tl.where(better, tried_zero, zero)
             if SIGNED:  # of the same range, with the same zero
-                tried_scale = _negative_scale(low * shrink, high * shrink, MAXQ, SMALLEST)
-                error = _error_of(w, column_weight, tried_scale, tried_zero, MAXQ)
-                scale = tl.where(error < least, tried_scale, scale)
+                error = _error_of(w, column_weight, negative, tried_zero, MAXQ)
+                scale = tl.where(error < least, negative, scale)
                 least = tl.minimum(least, error)
     return scale, zero
 
