@@ -289,9 +289,9 @@ def test_a_hessian_is_that_of_one_device_bit_by_bit(size: int, num_batches: int,
     alone = of(RankGroup([CPU]).ranks()[0]).matrix()
     every = torch.cat(inputs).double()
     assert torch.allclose(alone.double(), 2 * every.T @ every / len(every), rtol=1e-4, atol=1e-5)
-    assert all(torch.equal(H, alone) for H in each_rank(size, lambda rank: rank.hessian(of(rank), None)))
+    assert all(torch.equal(H, alone) for H in each_rank(size, lambda rank: rank.hessian(of(rank), range(size))))
     owner = size - 1
-    found = each_rank(size, lambda rank: rank.hessian(of(rank), owner))
+    found = each_rank(size, lambda rank: rank.hessian(of(rank), [owner]))
     assert [H is None for H in found] == [rank != owner for rank in range(size)]
     assert torch.equal(found[owner], alone)
 
@@ -308,7 +308,7 @@ def test_the_order_of_the_sum_matters() -> None:
 
 def test_no_input_on_any_rank_is_an_error() -> None:
     with pytest.raises(QuantizeError, match="never received an input"):
-        each_rank(2, lambda rank: rank.hessian(Hessian(4, CPU), 0))
+        each_rank(2, lambda rank: rank.hessian(Hessian(4, CPU), [0]))
 
 
 def test_ranks_exchange_values_again_and_again() -> None:

@@ -206,7 +206,7 @@ def test_the_products_of_several_ranks_are_those_of_one_device_bit_by_bit(size: 
     assert torch.allclose(alone.double(), expected, rtol=1e-4, atol=1e-5)
 
     def work(rank: SweepRank) -> Tensor | None:
-        return rank.shift(of(rank.batches(7)), size - 1)
+        return rank.shift(of(rank.batches(7)), [size - 1])
 
     found = each_rank(size, work)
     assert [S is None for S in found] == [rank != size - 1 for rank in range(size)]

@@ -177,7 +177,7 @@ class _BlockSolver:
         try:
             # H and S are not kept here, so that each is freed when it is used.
             parts = self._solve_linears(
-                group, number, self._job.rank.hessian(hessian, owner), self._job.rank.shift(shift, owner), tokens
+                group, number, self._job.rank.hessian(hessian, [owner]), self._job.rank.shift(shift, [owner]), tokens
             )
         except QuantizeError as error:
             names = ", ".join(self._job.names[module] for module in group)
@@ -267,7 +267,7 @@ class _BlockSolver:
         )
 
     def _hessian_everywhere(self, hessian: Hessian) -> Tensor:
-        H = self._job.rank.hessian(hessian, None)
+        H = self._job.rank.hessian(hessian, range(self._job.rank.size))
         assert H is not None, "every rank gets it"  # noqa: S101
         return H
 

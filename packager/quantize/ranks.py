@@ -4,7 +4,7 @@ The ranks of a group do the same blocks in step. They meet in `SweepRank.exchang
 and of the GPUs' queues. A rank reads a tensor of another one by copying it from GPU to GPU (`SweepRank.pull`).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -124,64 +124,72 @@ class SweepRank:
         """Return the sum of every rank's numbers, added one after the other in the order of the batches."""
         return sum(chain.from_iterable(self.exchange(numbers)))
 
-    def pull(self, tensor: Tensor) -> Tensor:
+    def pull(self, tensor: Tensor, into: Tensor | None = None) -> Tensor:
         """Return a tensor of any rank on this rank's device, a copy unless it is there already.
 
         Call it after the exchange that passed the tensor on.
+
+        Args:
+            tensor: of any rank.
+            into: where the copy is made, in any case; None allocates it.
         """
         if tensor.device == self.device:
-            return tensor
+            return tensor if into is None else into.copy_(tensor)
         # torch copies on the current stream of the source; the other rank's own would make the copy wait for its work.
         source = tensor.device
         if source not in self._copying:
             self._copying[source] = torch.cuda.Stream(source)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(self._copying[source]):
-            copy = tensor.to(self.device, non_blocking=True)
+            copy = tensor.to(self.device, non_blocking=True) if into is None else into.copy_(tensor, non_blocking=True)
         tensor.record_stream(self._copying[source])
         return copy
 
-    def hessian(self, hessian: Hessian, owner: int | None) -> Tensor | None:
-        """Return H of all ranks' inputs on the rank `owner` (None: on every rank), and None on the others.
+    def hessian(self, hessian: Hessian, owners: Collection[int]) -> Tensor | None:
+        """Return H of all ranks' inputs on the ranks `owners`, and None on the others.
 
-        Each rank adds up some rows of the matrix; the owner collects them. The sums are those of one device:
+        Each rank adds up a piece of the sums; the owners collect the pieces. The sums are those of one device:
         `row_parts` says why.
 
         Args:
             hessian: of this rank's inputs; it is empty afterwards.
-            owner: the rank that needs H.
+            owners: the ranks that need H.
 
         Raises:
             QuantizeError: no input arrived.
             RankStopped: a rank has failed.
         """
-        found = self._total(hessian, owner)
+        found = self._total(hessian, owners)
         return None if found is None else hessian_of_sum(*found)
 
-    def shift(self, shift: InputShift | None, owner: int) -> Tensor | None:
-        """Return S of all ranks' inputs on the rank `owner`, None on the others or where no rank has it; `hessian`."""
-        found = None if shift is None else self._total(shift, owner)
+    def shift(self, shift: InputShift | None, owners: Collection[int]) -> Tensor | None:
+        """Return S of all ranks' inputs on the ranks `owners`, None on the others or where no rank has it; `hessian`."""
+        found = None if shift is None else self._total(shift, owners)
         return None if found is None else shift_of_sum(*found)
 
-    def _total(self, products: ProductSums, owner: int | None) -> tuple[PanelSum | None, int] | None:
+    def _total(self, products: ProductSums, owners: Collection[int]) -> tuple[PanelSum | None, int] | None:
         """Return the sum over all ranks' inputs, None if there were none, and their number; None where not needed."""
         if self.size == 1:
             return products.take_total(), products.num_tokens
         everyone = self.exchange((products.take_sums(), products.num_tokens))
         num_tokens = sum(tokens for _, tokens in everyone)
-        sums = {parts: self._rows_of(total) for parts, total in merged([each for each, _ in everyone]).items()}
-        rows = add_up(sums, _added) if sums else None
+        sums = {
+            parts: self.pull(self._piece_of(total)) for parts, total in merged([each for each, _ in everyone]).items()
+        }
+        piece = add_up(sums, torch.add) if sums else None
         del everyone, sums
-        found = [each for each in self.exchange(rows) if each is not None]
-        if owner not in (None, self.number):
+        pieces = [each for each in self.exchange(piece) if each is not None]
+        if self.number not in owners:
             return None
-        panels = [torch.cat([self.pull(each) for each in pieces]) for pieces in zip(*found, strict=True)]
-        return panels or None, num_tokens
+        if not pieces:
+            return None, num_tokens
+        total = torch.empty(sum(map(len, pieces)), dtype=torch.float32, device=self.device)
+        for each, place in zip(pieces, torch.split(total, [len(each) for each in pieces]), strict=True):
+            self.pull(each, place)
+        return products.panels_of(total), num_tokens
 
-    def _rows_of(self, total: PanelSum) -> PanelSum:
-        """Return this rank's piece of the rows of each panel."""
-        rows = [each.shape[0] for each in total]
-        pieces = [slice(n * self.number // self.size, n * (self.number + 1) // self.size) for n in rows]
-        return [self.pull(each[piece]) for each, piece in zip(total, pieces, strict=True)]
+    def _piece_of(self, total: Tensor) -> Tensor:
+        """Return the part of a sum that this rank adds up for all."""
+        return total[len(total) * self.number // self.size : len(total) * (self.number + 1) // self.size]
 
     def every_input(self, inputs: Sequence[RoutedInputs]) -> list[RoutedInputs]:
         """Return the experts' inputs of all ranks on this rank's device, in the order of the batches."""
@@ -211,10 +219,6 @@ class Owned:
 
     tensor: Tensor
     owner: int
-
-
-def _added(total: PanelSum, later: PanelSum) -> PanelSum:
-    return [each + other for each, other in zip(total, later, strict=True)]
 
 
 def alone(device: torch.device) -> SweepRank:

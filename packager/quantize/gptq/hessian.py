@@ -38,40 +38,39 @@ class ProductSums:
         self, spans: Sequence[slice], in_features: int, device: torch.device, ops: TensorOps | None = None
     ) -> None:
         self._ops = ops or ops_for(device)
-        self._spans, self._in_features, self._device = spans, in_features, device
-        self._sums: dict[PartialSum, PanelSum] = {}
+        self._device = device
+        self._spans, self._shapes = spans, [(span.stop - span.start, in_features - span.start) for span in spans]
+        self._sums: dict[PartialSum, Tensor] = {}
         self.num_tokens = 0
 
     def add_products(self, x: Tensor, y: Tensor, part: int) -> None:
         """Add x y^T, of [tokens, in_features] each; products are accumulated in float32."""
         if (0, part) not in self._sums:
             self.join()
-            self._sums[0, part] = self._zeros()
-        for total, panel in zip(self._sums[0, part], self._spans, strict=True):
+            elements = sum(map(math.prod, self._shapes))
+            self._sums[0, part] = torch.zeros(elements, dtype=torch.float32, device=self._device)
+        for total, panel in zip(self.panels_of(self._sums[0, part]), self._spans, strict=True):
             self._ops.add_product(total, x[:, panel].T, y[:, panel.start :])
         self.num_tokens += x.shape[0]
 
-    def _zeros(self) -> PanelSum:
-        """Return panels in one piece of memory: pieces of many sizes would leave gaps that nothing else fits."""
-        n = self._in_features
-        shapes = [(panel.stop - panel.start, n - panel.start) for panel in self._spans]
-        flat = torch.zeros(sum(map(math.prod, shapes)), dtype=torch.float32, device=self._device)
-        pieces = torch.split(flat, [math.prod(shape) for shape in shapes])
-        return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+    def panels_of(self, total: Tensor) -> PanelSum:
+        """Return the panels of a sum that lies in one piece of memory: pieces of many sizes would leave gaps."""
+        pieces = torch.split(total, [math.prod(shape) for shape in self._shapes])
+        return [piece.view(shape) for piece, shape in zip(pieces, self._shapes, strict=True)]
 
     def join(self) -> None:
         """Add the sums that can be added now, because no input of theirs follows."""
-        join_pairs(self._sums, _add_panels)
+        join_pairs(self._sums, Tensor.add_)
 
-    def take_sums(self) -> dict[PartialSum, PanelSum]:
-        """Return the sums; this object keeps no reference to them."""
+    def take_sums(self) -> dict[PartialSum, Tensor]:
+        """Return the sums, float32 [elements of all panels]; this object keeps no reference to them."""
         self.join()
         sums, self._sums = self._sums, {}
         return sums
 
     def take_total(self) -> PanelSum | None:
         """Return the sum over all inputs, None if there were none; this object keeps no reference to it."""
-        return add_up(self.take_sums(), _add_panels) if self.num_tokens else None
+        return self.panels_of(add_up(self.take_sums(), Tensor.add_)) if self.num_tokens else None
 
 
 class Hessian(ProductSums):
@@ -128,13 +127,6 @@ def hessian_of_sum(total: PanelSum | None, num_tokens: int) -> Tensor:
     for panel, each in zip(panels(n), total, strict=True):
         torch.mul(each, 2.0 / num_tokens, out=H[panel, panel.start :])
     return mirror(H)
-
-
-def _add_panels(total: PanelSum, later: PanelSum) -> PanelSum:
-    """Add the panels of a sum to those of another one, in place."""
-    for each, other in zip(total, later, strict=True):
-        each.add_(other)
-    return total
 
 
 def mirror(H: Tensor) -> Tensor:
