@@ -91,9 +91,9 @@ class LinkedStore:
             inner.create, inner.size_bytes, inner.names, inner.delete
         )  # fmt: skip
 
-    def read(self, name: str) -> bytes | None:
+    def read(self, name: str, *, large: bool = False) -> bytes | None:
         """Bring a file."""
-        data = self._inner.read(name)
+        data = self._inner.read(name, large=large)
         self._link.carry("down", len(data or b""), "store")
         return data
 

@@ -1,6 +1,7 @@
 """The store that machines share, and the leases in it."""
 
 import errno
+import hashlib
 import importlib
 import os
 import sys
@@ -20,6 +21,7 @@ from packager.fleet import remote_store
 from packager.fleet.leases import Lease
 from packager.fleet.open_store import check_creates, open_store
 from packager.fleet.remote_store import RemoteStore
+from packager.fleet.shared_work import SharedWork
 from packager.fleet.store import FolderStore, Store
 
 REPOSITORY = "tester/tiny-GPTQ"
@@ -232,6 +234,7 @@ def test_a_service_that_never_answers_is_waited_for_in_words_and_given_up(
     url, lines, service = f"service://{tmp_path.name}", list[str](), Silent()
     monkeypatch.setattr(remote_store, "_NOTICE_S", 0.01)
     monkeypatch.setattr(remote_store, "_LIMIT_S", 0.03)
+    monkeypatch.setattr(remote_store, "_PAUSE_S", 0.0)
     monkeypatch.setattr(Service, "pipe_file", service.pipe_file)
     store = open_store(url, lines.append)
     began = time.monotonic()
@@ -251,6 +254,40 @@ def test_a_service_that_never_answers_is_waited_for_in_words_and_given_up(
         store.write("a", b"")
     assert len(lines) == 2
     service.answers.set()
+
+
+def test_a_service_that_did_not_answer_is_left_alone_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fleet beats for every recipe that it has: each would wait for a minute."""
+    now, asked, service = [0.0], list[str](), Silent()
+    monkeypatch.setattr(remote_store, "_LIMIT_S", 0.02)
+    monkeypatch.setattr("packager.fleet.remote_store.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(Service, "pipe_file", lambda _, path, *__: (asked.append(path), service.answers.wait()))
+    store = open_store(f"service://{tmp_path.name}")
+    for why in ("no answer within 0.02 s", "it did not answer before, and is asked again in 15 s"):
+        with pytest.raises(MachineError, match="the store does not answer") as caught:
+            store.write("a", b"")
+        assert caught.value.why == why
+    assert len(asked) == 1
+    now[0] = 15.0
+    service.answers.set()
+    store.write("a", b"")
+    assert len(asked) == 2
+
+
+def test_a_block_may_take_longer_than_a_question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block of a large model takes minutes on a slow link."""
+    store, block = open_store(f"service://{tmp_path.name}", pytest.fail), bytes(1_000_001)
+    write, read = Service.pipe_file, Service.cat_file
+    monkeypatch.setattr(remote_store, "_NOTICE_S", 0.01)
+    monkeypatch.setattr(remote_store, "_LIMIT_S", 0.02)
+    monkeypatch.setattr(Service, "pipe_file", lambda *given: (time.sleep(0.1), write(*given)))
+    monkeypatch.setattr(Service, "cat_file", lambda *given: (time.sleep(0.1), read(*given))[1])
+    blocks = SharedWork(store, REPOSITORY).blocks("main")
+    digest = hashlib.sha256(block).hexdigest()
+    store.write(f"{REPOSITORY}/blocks/main/{digest}", block)
+    assert blocks.data(digest) == block
 
 
 def test_an_error_names_the_store_and_no_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,10 @@
 """A store that fsspec opens by a URL: S3 by s3fs, Google's and Azure's by gcsfs and adlfs, and whatever is installed.
 
 s3fs 2026.9 tries a request five times, and botocore below it each of these five times more: a server that accepts
-connections and never answers keeps it for six minutes. So every question that is one request has a limit here.
+connections and never answers keeps it for six minutes. So every question about little has a limit here.
 """
 
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +18,10 @@ from packager.system.parallel import AnswerTimeoutError, in_time
 _REFUSED: Final = (409, 412)  # S3: somebody writes this object just now; the object is there
 _NOTICE_S: Final = 5.0
 _LIMIT_S: Final = 60.0  # four of s3fs's time limits for reading: a service that is slowed down may need some
+# After a question without an answer no other one is asked for so long: whoever asks for a hundred recipes, one after
+# the other, has other things to do.
+_PAUSE_S: Final = 15.0
+_SMALL_BYTES: Final = 1_000_000  # what is larger, such as blocks, takes the time that the link takes
 
 Given = ParamSpec("Given")
 Reply = TypeVar("Reply")
@@ -31,7 +36,7 @@ class RemoteStore:
     """
 
     def __init__(self, url: str, log: Callable[[str], None] = lambda _: None) -> None:
-        self.url, self._log, self._silent = url, log, False
+        self.url, self._log, self._silent, self._paused_until = url, log, False, 0.0
         self._files, self._root = self._open()
 
     def _open(self) -> tuple[Any, str]:
@@ -57,8 +62,10 @@ class RemoteStore:
         """Return what the service answers, if it does in time.
 
         Raises:
-            MachineError: it does not.
+            MachineError: it does not, or did not a moment ago.
         """
+        if (pause_s := self._paused_until - time.monotonic()) > 0:
+            raise self._no_answer(f"it did not answer before, and is asked again in {pause_s:.0f} s")
 
         def notice() -> None:
             if not self._silent:
@@ -76,12 +83,12 @@ class RemoteStore:
         try:
             return in_time(answer, _LIMIT_S, notice, _NOTICE_S)
         except AnswerTimeoutError as error:
-            raise MachineError(
-                "the store does not answer",
-                where=self.url,
-                why=str(error),
-                hint="check the network, and which server the URL's client asks (for S3: AWS_ENDPOINT_URL, AWS_REGION)",
-            ) from error
+            self._paused_until = time.monotonic() + _PAUSE_S
+            raise self._no_answer(str(error)) from error
+
+    def _no_answer(self, why: str) -> MachineError:
+        hint = "check the network, and which server the URL's client asks (for S3: AWS_ENDPOINT_URL, AWS_REGION)"
+        return MachineError("the store does not answer", where=self.url, why=why, hint=hint)
 
     def without_looking(self) -> "RemoteStore":
         """Return the same store, opened once more, whose client believes that nothing is there."""
@@ -92,16 +99,21 @@ class RemoteStore:
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{checked_name(name)}"
 
-    def read(self, name: str) -> bytes | None:
+    def read(self, name: str, *, large: bool = False) -> bytes | None:
         """Return the content of an object, None if there is none."""
         with store_errors(self.url, name), suppress(FileNotFoundError):
+            if large:
+                return bytes(self._files.cat_file(self._path(name)))
             return bytes(self._ask(self._files.cat_file, self._path(name)))
         return None
 
     def write(self, name: str, data: bytes) -> None:
         """Write an object, or replace it: services make it visible when it is whole."""
         with store_errors(self.url, name):
-            self._ask(self._files.pipe_file, self._path(name), data)
+            if len(data) > _SMALL_BYTES:
+                self._files.pipe_file(self._path(name), data)
+            else:
+                self._ask(self._files.pipe_file, self._path(name), data)
 
     def create(self, name: str, data: bytes) -> bool:
         """Write an object unless there is one of this name; return whether it was written.

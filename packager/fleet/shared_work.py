@@ -145,4 +145,4 @@ class SharedBlocks:
 
     def data(self, sha256: str) -> bytes | None:
         """Return the bytes of a block by their digest."""
-        return self._store.read(f"{self._folder}/{sha256}") if _SHA256.fullmatch(sha256) else None
+        return self._store.read(f"{self._folder}/{sha256}", large=True) if _SHA256.fullmatch(sha256) else None

@@ -26,8 +26,13 @@ class Store(Protocol):
 
     url: str
 
-    def read(self, name: str) -> bytes | None:
-        """Return the content of a file, None if there is none."""
+    def read(self, name: str, *, large: bool = False) -> bytes | None:
+        """Return the content of a file, None if there is none.
+
+        Args:
+            name: of the file.
+            large: it may have more than a megabyte, and take its time.
+        """
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file, or replace it."""
@@ -95,7 +100,7 @@ class FolderStore:
     def _path(self, name: str) -> Path:
         return self._root / checked_name(name)
 
-    def read(self, name: str) -> bytes | None:
+    def read(self, name: str, *, large: bool = False) -> bytes | None:  # noqa: ARG002 - a file system has no limit
         """Return the content of a file, None if there is none."""
         with store_errors(self.url, name), suppress(FileNotFoundError), open_regular(self._path(name)) as stream:
             return stream.read()
