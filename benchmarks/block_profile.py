@@ -1,7 +1,7 @@
 """Show where the time of a quantized block goes: each part on the GPU, on the host, and the least that it could take.
 
     python benchmarks/block_profile.py --layers 3 --json profile.json
-    python benchmarks/block_profile.py --layers 3 --group-size 32 --desc-act --refine
+    python benchmarks/block_profile.py --layers 3 --group-size 32 --desc-act --refine --target-correction 0.5
 
 It builds a random model of the shape as `packager build` does, one variant, first with scale search and then without:
 the difference is the search. The floor of a part is its arithmetic, or the bytes that it moves, at the rates that the
@@ -28,7 +28,7 @@ from rich.table import Table
 from packager.model.describe import describe
 from packager.quantize.gptq.cholesky import SPLIT_WIDTH
 from packager.quantize.gptq.grid import SEARCH_STEPS
-from packager.quantize.gptq.panels import panels, panels_bytes
+from packager.quantize.gptq.panels import panels, panels_bytes, shift_rows
 from packager.quantize.gptq.solve import COLUMN_BLOCK
 from packager.system.files import write_atomic
 
@@ -65,7 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report: dict[str, Any] = {"rates": asdict(rates), "runs": []}
     for search in (True, False):
         times, shapes = _profiled(given, spec, device, search=search)
-        floors = floors_of(shapes, given.rows * given.seq_len, spec.shape.hidden, given.seq_len, rates, search=search)
+        tokens, corrected = given.rows * given.seq_len, given.target_correction > 0
+        floors = floors_of(
+            shapes, tokens, spec.shape.hidden, given.seq_len, rates, search=search, corrected=corrected
+        )  # fmt: skip
         for name, parts in sorted(times.items()):
             title = f"{name}, {'with' if search else 'without'} scale search, in a block"
             console.print(_table(title, parts, floors))
@@ -85,6 +88,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--group-size", type=int, default=128)
     add("--desc-act", action="store_true")
     add("--refine", action="store_true")
+    add("--target-correction", type=float, default=0.0)
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
     add("--work", type=Path, default=Path("build/profile"), help="where the model is made (default build/profile)")
     add("--json", type=Path, help="write all measurements here")
@@ -98,7 +102,7 @@ def _profiled(
     folder = given.work / "model"
     variant = {
         "branch": "main", "group_size": given.group_size, "desc_act": given.desc_act, "refine": given.refine,
-        "scale_search": search,
+        "scale_search": search, "target_correction": given.target_correction,
     }  # fmt: skip
     path = folder / f"profile-{'search' if search else 'plain'}.yaml"
     write_recipe(path, {**recipe_of(spec), "variants": [variant]}, describe(folder / "model", None))
@@ -137,8 +141,9 @@ def _wait(device: torch.device) -> None:
 
 
 def floors_of(
-    shapes: Sequence[tuple[int, int]], tokens: int, hidden: int, seq_len: int, rates: Rates, *, search: bool
-) -> dict[str, float]:
+    shapes: Sequence[tuple[int, int]], tokens: int, hidden: int, seq_len: int, rates: Rates, *, search: bool,
+    corrected: bool = False,
+) -> dict[str, float]:  # fmt: skip
     """Return the least seconds of each part of a block, for groups of linears of these shapes.
 
     Args:
@@ -148,6 +153,7 @@ def floors_of(
         seq_len: tokens of a row.
         rates: of the device.
         search: whether scales are searched.
+        corrected: whether there is a target correction.
     """
     found: dict[str, float] = {}
 
@@ -155,7 +161,10 @@ def floors_of(
         found[part] = found.get(part, 0.0) + seconds
 
     # Queries times keys, and these times values, of the tokens before each token.
-    add(FORWARD, 2 * tokens * seq_len * hidden / rates.half_flops)
+    attention = 2 * tokens * seq_len * hidden / rates.half_flops
+    add(FORWARD, attention)
+    if corrected:
+        add("target: forward of the fp16 model", attention)
     for n, features in shapes:
         weights = n * features
         add(FORWARD, 2 * tokens * weights / rates.half_flops)
@@ -164,6 +173,14 @@ def floors_of(
         add("Hessians: sum of the parts", (panels_bytes(n) + 4 * n * n) / rates.copied_bytes)
         per_product = _SPLIT_PRODUCTS / rates.half_flops if n >= SPLIT_WIDTH else 1 / rates.single_flops
         add("factor: Cholesky", n**3 / 3 * per_product)
+        if corrected:
+            rows = shift_rows(n, features)
+            of_outputs = 2 * tokens * weights if rows != n else 0
+            add("target: forward of the fp16 model", 2 * tokens * weights / rates.half_flops)
+            add("target: products of inputs", (2 * tokens * rows * n + of_outputs) / rates.half_flops)
+            add("target: Cholesky", n**3 / 3 * per_product)
+            add("target: solves", _SPLIT_PRODUCTS * 2 * n * n * rows / rates.half_flops)
+            add("target: products with the weights", 0 if of_outputs else 2 * n * weights / rates.half_flops)
         add("solve: permuted weights", 4 * weights / rates.copied_bytes)
         add("columns: lazy products", _SPLIT_PRODUCTS * 2 * _lazy_products(n) * features / rates.half_flops)
         add("columns: products within 512", 2 * _products_within(n) * features / rates.single_flops)

@@ -807,11 +807,21 @@ def test_a_killed_run_of_one_permutation_ends_with_the_same_bytes(modules: Any, 
 def test_the_profile_of_a_block_counts_every_part_once(modules: Any, tmp_path: Path, capsys: Any) -> None:
     report = tmp_path / "profile.json"
     shape = [each for each in TINY if not each.startswith(("--layers", "--no-warm-up"))]
-    assert modules.block_profile.main(["--layers=3", *shape, f"--work={tmp_path}", f"--json={report}"]) == 0
+    options = ["--layers=3", "--target-correction=0.5", *shape, f"--work={tmp_path}", f"--json={report}"]
+    assert modules.block_profile.main(options) == 0
     searched, plain = json.loads(report.read_text())["runs"]
     assert (searched["search"], plain["search"]) == (True, False)
     parts = searched["parts"]
     assert [parts[name]["calls"] for name in ("forward", "Hessians: products", "solve: rest")] == [1, 4, 4]
+    corrected = {name.removeprefix("target: "): found["calls"] for name, found in parts.items() if "target" in name}
+    # The fp16 model's batches begin, pass four groups, and end.
+    assert corrected.pop("forward of the fp16 model") == 6
+    assert corrected == dict.fromkeys(
+        ["products of inputs", "sum of the parts", "Cholesky", "solves", "products with the weights"], 4
+    )
+    assert {name for name in parts if "target" in name} == {name for name in searched["floors"] if "target" in name} | {
+        "target: sum of the parts"
+    }
     # 128 columns of three groups, and 256 of the last one, which are two column blocks.
     assert parts["columns: rounding, search"]["calls"] == 5
     assert all(found["host_s"] >= 0 and found["device_s"] is None for found in parts.values())
@@ -830,3 +840,17 @@ def test_the_floors_of_a_block_are_those_of_its_arithmetic(modules: Any) -> None
     assert floors["columns: products within 512"] == pytest.approx(2 * 2 * 128 * 1280 * 8 / 1e2)
     # H has four panels of 256 rows here: 256 x (1024 + 768 + 512 + 256) products.
     assert floors["Hessians: products"] == pytest.approx(2 * 100 * 256 * 2560 / 1e3)
+    assert not any("target" in name for name in floors)
+
+
+@pytest.mark.parametrize("features", [8, 2048])
+def test_the_floors_of_a_target_correction_are_those_of_its_sums(modules: Any, features: int) -> None:
+    rates = modules.block_profile.Rates(half_flops=1e3, single_flops=1e2, copied_bytes=10.0)
+    floors = modules.block_profile.floors_of([(1024, features)], 100, 1024, 10, rates, search=False, corrected=True)
+    assert floors["target: forward of the fp16 model"] == floors["forward"]
+    # With 8 outputs these are computed of the inputs' differences, and summed instead of the inputs.
+    operations = 2 * 2 * 100 * 1024 * 8 if features == 8 else 2 * 100 * 1024 * 1024
+    assert floors["target: products of inputs"] == pytest.approx(operations / 1e3)
+    assert floors["target: solves"] == pytest.approx(3 * 2 * 1024**2 * min(features, 1024) / 1e3)
+    with_weights = 0 if features == 8 else 2 * 1024**2 * features
+    assert floors["target: products with the weights"] == pytest.approx(with_weights / 1e3)
