@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from packager.quantize.gptq import solve as solve_module
+from packager.quantize.gptq.cholesky import split_solve
 from packager.quantize.gptq.choose_ops import ops_for
 from packager.quantize.gptq.grid import GridRules
 from packager.quantize.gptq.hessian import factorize
@@ -337,3 +338,14 @@ def test_splits_as_torch(kernels, device, scaled, width, by_columns):
     kernels.split(x.to(device), *given, found)
     assert all(torch.equal(mine.cpu(), plain) for mine, plain in zip(found, expected, strict=True))
     assert expected[1].any()
+
+
+def test_rows_are_solved_for_with_parts_as_torch_splits_them(kernels, device):
+    """The parts lie side by side in memory, and those of L are read along its columns."""
+    x, P = random(80, 40), random(3, 40, seed=1)
+    A = x.T @ x / 80 + torch.eye(40)
+    L = torch.linalg.cholesky(A)
+    expected = split_solve(P.clone(), L.clone(), TORCH, 16)
+    found = split_solve(P.to(device, copy=True), L.to(device, copy=True), kernels, 16).cpu()
+    assert torch.allclose(found, expected, rtol=0, atol=0 if device.type == "cpu" else 1e-5)
+    assert torch.allclose(found @ A, P, atol=1e-5)
