@@ -207,7 +207,7 @@ class SweepRank:
         everyone = self.exchange([each.tensor for each in owned])
         for number, each in enumerate(owned):
             if each.owner != self.number:
-                each.tensor.copy_(self.pull(everyone[each.owner][number]))
+                self.pull(everyone[each.owner][number], each.tensor)
 
     def _stream(self) -> torch.cuda.Stream:
         return torch.cuda.current_stream(self.device)
