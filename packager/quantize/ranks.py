@@ -162,7 +162,7 @@ class SweepRank:
         return None if found is None else hessian_of_sum(*found)
 
     def shift(self, shift: InputShift | None, owners: Collection[int]) -> Tensor | None:
-        """Return S of all ranks' inputs on the ranks `owners`, None on the others or if there is none; see `hessian`."""
+        """Return S of all ranks' inputs on the ranks `owners`, and None on the others or without a shift."""
         found = None if shift is None else self._total(shift, owners)
         return None if found is None else shift_of_sum(*found)
 
