@@ -5,6 +5,7 @@ Needs s3fs, and MOTO_PYTHON, a Python with moto's server: `nox -s tests-s3` sets
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from packager.errors import MachineError
+from packager.fleet import remote_store
 from packager.fleet.leases import SILENT_S
 from packager.fleet.open_store import check_creates, open_store
 from packager.fleet.store import Store
@@ -121,6 +123,23 @@ def test_a_bucket_that_is_not_there_is_said_before_anything_is_built(server: Ser
         check_creates(open_store("s3://no-such-bucket/fleet"))
     assert caught.value.where == "s3://no-such-bucket/fleet"
     assert "bucket does not exist" in caught.value.why
+
+
+def test_a_server_that_accepts_and_never_answers_is_given_up(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """s3fs alone asks it for six minutes."""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr(remote_store, "_NOTICE_S", 1.0)
+        monkeypatch.setattr(remote_store, "_LIMIT_S", 3.0)
+        lines: list[str] = []
+        began = time.monotonic()
+        with pytest.raises(MachineError, match="the store does not answer") as caught:
+            check_creates(open_store(f"s3://{BUCKET}/silent", lines.append))
+        assert time.monotonic() - began < 30
+        assert caught.value.where == f"s3://{BUCKET}/silent"
+        assert lines == [f"waiting for the store s3://{BUCKET}/silent: no answer for 1 s, the limit is 3 s"]
 
 
 def write_recipes(folder: Path) -> list[str]:
