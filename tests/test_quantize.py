@@ -21,7 +21,7 @@ from packager.quantize import device_shares as shares_module
 from packager.quantize import restore_block as restore_block_module
 from packager.quantize import sweep as sweep_module
 from packager.quantize import worker as worker_module
-from packager.quantize.block import order_of, quantize_block
+from packager.quantize.block import quantize_block
 from packager.quantize.block_store import BlockStore
 from packager.quantize.gptq.grid import GridRules
 from packager.quantize.gptq.hessian import Hessian, factorize
@@ -30,6 +30,7 @@ from packager.quantize.job import BlockDone, Event, QuantizeJob
 from packager.quantize.memory import SweepPlan
 from packager.quantize.shared_reader import SharedReader
 from packager.quantize.sweep import quantize
+from packager.quantize.variant_rules import order_of
 from packager.receipt import LinearRecord
 from packager.variant import ActOrder, Variant
 from tests.samples import sampled

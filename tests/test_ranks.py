@@ -24,6 +24,7 @@ from packager.quantize import block as block_module
 from packager.quantize import worker as worker_module
 from packager.quantize.block import quantize_block
 from packager.quantize.block_store import BlockStore
+from packager.quantize.gptq import side_by_side
 from packager.quantize.gptq.hessian import Hessian, factorize
 from packager.quantize.gptq.row_parts import part_of
 from packager.quantize.job import BlockDone, DeviceShare, Event, LinearsDone, QuantizeJob
@@ -105,14 +106,14 @@ def test_ranks_make_the_bytes_of_one_device(tmp_path, on_one, name, v, ranks):
 
 def test_the_rows_are_spread_and_every_rank_solves(tmp_path, monkeypatch):
     """Twelve batches on three ranks: four each, in order; four groups of linears on three owners."""
-    source, ran, solved = open_folder(save_model(tmp_path / "model", "llama")), [], []
+    source, ran = open_folder(save_model(tmp_path / "model", "llama")), []
+    solved: list[tuple[int, str]] = []
     embed, solve_linears = Decoder.embed, block_module._BlockSolver._solve_linears
     monkeypatch.setattr(Decoder, "embed", lambda self, ids, *, rows: ran.append(ids) or embed(self, ids, rows=rows))
 
-    def solving(self, group, number, H, S, tokens):
-        if H is not None:
-            solved.append((self._job.rank.number, group[0]))
-        return solve_linears(self, group, number, H, S, tokens)
+    def solving(self, mine, H, S, tokens):
+        solved.extend((self._job.rank.number, modules[0]) for modules in mine.values())
+        return solve_linears(self, mine, H, S, tokens)
 
     monkeypatch.setattr(block_module._BlockSolver, "_solve_linears", solving)
     run(source, tmp_path / "work", PLAIN, ranks=3)
@@ -122,6 +123,26 @@ def test_the_rows_are_spread_and_every_rank_solves(tmp_path, monkeypatch):
     owners = {name: {rank for rank, found in solved if found == name} for _, name in solved}
     assert owners == {
         "self_attn.q_proj": {0}, "self_attn.o_proj": {1}, "mlp.gate_proj": {2}, "mlp.down_proj": {0},
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_wide_linears_of_a_group_are_solved_at_the_same_time_by_several_ranks(tmp_path, monkeypatch):
+    source, owners = open_folder(save_model(tmp_path / "model", "llama")), {}
+    monkeypatch.setattr(side_by_side, "MOST_FEATURES", 70)
+    solve_linears = block_module._BlockSolver._solve_linears
+
+    def solving(self, mine, H, S, tokens):
+        owners.update(dict.fromkeys(mine.values(), self._job.rank.number))
+        return solve_linears(self, mine, H, S, tokens)
+
+    expected, _ = run(source, tmp_path / "one", PLAIN, ranks=1)
+    monkeypatch.setattr(block_module._BlockSolver, "_solve_linears", solving)
+    records, _ = run(source, tmp_path / "three", PLAIN, ranks=3)
+    assert records == expected
+    assert files(tmp_path / "three") == files(tmp_path / "one")
+    assert {tuple(module.split(".")[1] for module in group): rank for group, rank in owners.items()} == {
+        ("q_proj",): 0, ("k_proj", "v_proj"): 1, ("o_proj",): 1, ("gate_proj",): 2, ("up_proj",): 0, ("down_proj",): 0,
     }  # fmt: skip
 
 

@@ -21,10 +21,9 @@ from packager.model.packing import dequantize_linear
 from packager.pipeline.plan import make_plan
 from packager.quantize import block as block_module
 from packager.quantize import device_shares as shares_module
-from packager.quantize import engines, memory
+from packager.quantize import memory
 from packager.quantize.activations import Activations
 from packager.quantize.block_store import BlockStore
-from packager.quantize.engines import ENGINE_VERSION, engine_version
 from packager.quantize.gptq import cholesky
 from packager.quantize.gptq import target_correction as module
 from packager.quantize.gptq.cholesky import split_solve
@@ -463,16 +462,6 @@ def test_s_is_freed_before_columns_are_solved(tmp_path: Path, monkeypatch: pytes
 def test_a_sum_of_outputs_is_kept_where_it_takes_less_arithmetic() -> None:
     """For each token: two products with as many columns as inputs, of outputs, instead of one of inputs."""
     assert [shift_rows(100, rows) for rows in (1, 49, 50, 51, 100, 500)] == [1, 49, 100, 100, 100, 100]
-
-
-def test_variants_with_a_correction_have_a_version_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So a change of the correction leaves the others finished."""
-    before = [engine_version(each) for each in (variant(), CORRECTED)]
-    assert before[0] == ENGINE_VERSION
-    monkeypatch.setattr(engines, "_CORRECTION_VERSION", -1)
-    after = [engine_version(each) for each in (variant(), CORRECTED)]
-    assert after[0] == before[0]
-    assert len({*after, before[1]}) == 3
 
 
 def test_variants_without_a_correction_keep_their_parameters() -> None:

@@ -1,6 +1,6 @@
 """One block of one variant: calibrate, solve and pack its linears, or restore them from their packed tensors."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -16,11 +16,10 @@ from packager.model.traced_forward import Group
 from packager.quantize.activations import Activations
 from packager.quantize.gptq.choose_ops import ops_for
 from packager.quantize.gptq.expert_hessians import expert_hessians, pooled_hessian
-from packager.quantize.gptq.grid import GridRules
 from packager.quantize.gptq.hessian import OVERFLOW_HINT, Factor, Hessian, factorize, factorize_within
-from packager.quantize.gptq.order import ColumnOrder
 from packager.quantize.gptq.refine import TOKENS_PER_COLUMN
 from packager.quantize.gptq.routing import RoutedInputs
+from packager.quantize.gptq.side_by_side import solved_together
 from packager.quantize.gptq.solve import Solution, solve
 from packager.quantize.gptq.target_correction import InputShift, corrected_targets
 from packager.quantize.memory import expert_slices
@@ -28,8 +27,9 @@ from packager.quantize.ranks import Owned, SweepRank
 from packager.quantize.solved_linears import SolvedLinears, start_copying
 from packager.quantize.suspended_forward import Reference, linears_of, run_forward, sweep_parallel, sweep_sequential
 from packager.quantize.tune_block import Tuning, tune_block
+from packager.quantize.variant_rules import order_of, rules_of
 from packager.receipt import LinearRecord
-from packager.variant import Bits, Variant
+from packager.variant import Variant
 
 # By the parameter of a block: the linears of each expert, in the order of their rows.
 ExpertLinears = Mapping[str, Sequence[Sequence[LinearSpec]]]
@@ -118,16 +118,6 @@ def quantize_block(
         raise
 
 
-def rules_of(variant: Variant, bits: Bits) -> GridRules:
-    """Return the rules by which the grids of a variant's linears with so many bits are found."""
-    return GridRules(bits=bits, sym=variant.sym, scale_search=variant.scale_search)
-
-
-def order_of(variant: Variant) -> ColumnOrder:
-    """Return the order of a variant's columns, with its groups."""
-    return ColumnOrder(act_order=variant.act_order, group_size=variant.group_size)
-
-
 class _NeedsChecks(Exception):  # noqa: N818
     """Internal signal: retry this block with per-linear checks, which raise the precise error."""
 
@@ -171,55 +161,66 @@ class _BlockSolver:
         return QuantizedBlock(tensors=self._tensors, records=self._records)
 
     def _solve(self, group: Group, hessian: Hessian, shift: InputShift | None) -> None:
-        number = self._number_of[group]
-        owner = number % self._job.rank.size
-        tokens = int(self._job.rank.total([hessian.num_tokens]))
+        number, rank = self._number_of[group], self._job.rank
+        widths = [self._linears[module].weight.shape[0] for module in group]
+        # The targets of a correction are found for all linears at once.
+        cuts = solved_together(widths) if shift is None else [slice(len(group))]
+        owners = {(number, place): (number + place) % rank.size for place in range(len(cuts))}
+        mine = {(number, place): group[cut] for place, cut in enumerate(cuts) if owners[number, place] == rank.number}
+        tokens = int(rank.total([hessian.num_tokens]))
         try:
             # H and S are not kept here, so that each is freed when it is used.
             parts = self._solve_linears(
-                group, number, self._job.rank.hessian(hessian, [owner]), self._job.rank.shift(shift, [owner]), tokens
+                mine, rank.hessian(hessian, owners.values()), rank.shift(shift, owners.values()), tokens
             )
         except QuantizeError as error:
-            names = ", ".join(self._job.names[module] for module in group)
-            error.where = f"{self._job.variant.branch}, {names}"
+            error.where = f"{self._job.variant.branch}, {', '.join(self._job.names[module] for module in group)}"
             raise
-        self._share(Owned(tensor=self._linears[module].weight, owner=owner) for module in group)
+        for cut, owner in zip(cuts, owners.values(), strict=True):
+            self._owned += [Owned(tensor=self._linears[module].weight, owner=owner) for module in group[cut]]
+        self._share()
         # The other ranks wait for the weights, not for the packed tensors.
-        for module, part in zip(group, parts, strict=False):
+        for module, part in parts.items():
             if self._job.variant.effort == "high":
                 self._untuned[module] = part
             else:
                 self._keep(self._job.names[module], part, self._linears[module].bias)
 
     def _solve_linears(
-        self, group: Group, number: int, H: Tensor | None, S: Tensor | None, tokens: int
-    ) -> Sequence[Solution]:
-        """Solve a group where H is known, and return the solution of each linear."""
+        self, mine: Mapping[tuple[int, int], Group], H: Tensor | None, S: Tensor | None, tokens: int
+    ) -> dict[str, Solution]:
+        """Solve a group where H is known: linears side by side, by their position; return the solution of each."""
         if H is None:
-            return ()
-        names = tuple(self._job.names[module] for module in group)
-        weights = [self._linears[module].weight for module in group]
-        refined = self._refined([tokens], weights[0].shape[-1])
-        targets, finite = self._targets(weights, H, S)
+            return {}
+        found: dict[str, Solution] = {}
+        refined = self._refined([tokens], H.shape[-1])
+        targets, finite = self._targets(
+            [self._linears[module].weight for each in mine.values() for module in each], H, S
+        )
         del S
         factor = self._factor(H)
         del H
-        solution = self._solution(targets, factor, refined, names[0])
-        parts = solution.by_linear([weight.shape[0] for weight in weights])
-        for weight, part in zip(weights, parts, strict=True):
-            part.dequantize_into(weight, self._ops)
-        self._add(
-            SolvedLinears(
-                position=(number, 0),
-                names=names,
-                damp_percents=(factor.damp_percent,) * len(names),
-                losses=torch.stack([part.losses.mean() for part in parts]),
-                unrefined_losses=torch.stack([part.unrefined_losses.mean() for part in parts]),
-                refined=refined * len(names),
-                succeeded=factor.succeeded & finite & solution.scales_are_finite(),
+        for position, modules in mine.items():
+            names = tuple(self._job.names[module] for module in modules)
+            weights = [self._linears[module].weight for module in modules]
+            solution = self._solution(targets[: len(modules)], factor, refined, names[0])
+            targets = targets[len(modules) :]
+            parts = solution.by_linear([weight.shape[0] for weight in weights])
+            for weight, part in zip(weights, parts, strict=True):
+                part.dequantize_into(weight, self._ops)
+            self._add(
+                SolvedLinears(
+                    position=position,
+                    names=names,
+                    damp_percents=(factor.damp_percent,) * len(names),
+                    losses=torch.stack([part.losses.mean() for part in parts]),
+                    unrefined_losses=torch.stack([part.unrefined_losses.mean() for part in parts]),
+                    refined=refined * len(names),
+                    succeeded=factor.succeeded & finite & solution.scales_are_finite(),
+                )
             )
-        )
-        return parts
+            found |= zip(modules, parts, strict=True)
+        return found
 
     def _targets(self, weights: Sequence[Tensor], H: Tensor, S: Tensor | None) -> tuple[Sequence[Tensor], Tensor]:
         """Return what is to be quantized, and whether S, if there is one, is finite: bool [] on the device."""
@@ -230,9 +231,8 @@ class _BlockSolver:
             raise QuantizeError("the activations of the fp16 model contain NaN or Inf", hint=OVERFLOW_HINT)
         return corrected_targets(weights, H, S, strength=self._job.variant.target_correction), finite
 
-    def _share(self, owned: Iterable[Owned]) -> None:
+    def _share(self) -> None:
         """Give every rank what the owners of weights made of them: now if later linears of the block need it."""
-        self._owned += owned
         if self._job.variant.true_sequential:
             self._share_all()
 
@@ -261,10 +261,11 @@ class _BlockSolver:
             except QuantizeError as error:
                 error.where = f"{job.variant.branch}, block {job.index}, {module}, from expert {experts.start} on"
                 raise
-        self._share(
+        self._owned += [
             Owned(tensor=weight[experts.start : experts.stop], owner=owner)
             for experts, owner in zip(slices, owners, strict=True)
-        )
+        ]
+        self._share()
 
     def _hessian_everywhere(self, hessian: Hessian) -> Tensor:
         H = self._job.rank.hessian(hessian, range(self._job.rank.size))

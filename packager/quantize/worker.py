@@ -21,17 +21,20 @@ from packager.model.batches import rows_per_batch
 from packager.model.contexts import Context, own_contexts
 from packager.model.decoder import Decoder, compute_dtype
 from packager.model.fused_blocks import FusedModules
+from packager.model.lock import LockedGroup
 from packager.model.stored_names import ReadTensor
 from packager.model.traced_forward import Group
 from packager.quantize.activations import Activations
-from packager.quantize.block import BlockJob, ExpertLinears, order_of, quantize_block, rules_of
+from packager.quantize.block import BlockJob, ExpertLinears, quantize_block
 from packager.quantize.block_store import BlockStore
+from packager.quantize.gptq.side_by_side import solved_together
 from packager.quantize.host_copies import HostCopies
 from packager.quantize.job import BlockDone, DeviceShare, LinearsDone, QuantizeJob, Report
 from packager.quantize.memory import SweepPlan, slice_sizes
 from packager.quantize.ranks import SweepRank, merged
 from packager.quantize.restore_block import restore_block
 from packager.quantize.suspended_forward import Reference, run_forward
+from packager.quantize.variant_rules import order_of, rules_of
 from packager.receipt import LinearRecord
 from packager.variant import Variant
 
@@ -106,7 +109,8 @@ class Worker:
         """Yield the shapes of linears that are solved with their own weights, or with corrected ones, in float32."""
         from packager.quantize.gptq.compile_kernels import KernelShape
 
-        shapes = self._job.source.architecture.group_shapes
+        groups = (group for kind in self._job.source.architecture.kinds for group in kind.groups)
+        shapes = dict.fromkeys(shape for group in groups for shape in _solved_shapes(group, corrected=corrected))
         widths = [(variant, bits) for variant in self._share.variants for bits in variant.all_bits]
         for (variant, bits), (in_features, out_features, num_experts) in product(widths, shapes):
             if (variant.target_correction > 0 and not num_experts) != corrected:
@@ -182,6 +186,14 @@ class Worker:
 def _owner(linear: LinearSpec) -> tuple[int, str, str]:
     """Return a linear's block and, if it is an expert's, the parameter that holds it and the expert's module."""
     return linear.block, linear.parameter, linear.module.rpartition(".")[0] if linear.parameter else ""
+
+
+def _solved_shapes(group: LockedGroup, *, corrected: bool) -> list[tuple[int, int, int]]:
+    """Return in_features, out_features and the number of experts, or 0, of what is solved at once."""
+    if group.experts is not None or corrected:
+        return [(group.in_features, group.out_features, group.experts.count if group.experts else 0)]
+    widths = [linear.out_features for linear in group.linears]
+    return [(group.in_features, sum(widths[together]), 0) for together in solved_together(widths)]
 
 
 @dataclass(frozen=True, kw_only=True)

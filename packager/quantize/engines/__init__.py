@@ -18,9 +18,7 @@ if TYPE_CHECKING:
     from packager.quantize.engines.protocol import Engine
 
 # Raise it whenever our own engine makes other bytes from the same inputs: finished work is then quantized again.
-ENGINE_VERSION = 6
-# Raise it when only variants with a target correction get other bytes: the others then stay finished.
-_CORRECTION_VERSION = 2
+ENGINE_VERSION = 7
 # Raise it when the files beside the weights of an auto-gptq variant change; ENGINE_VERSION covers those of our engine.
 _FILES_VERSION = 2
 
@@ -38,9 +36,7 @@ def engine_named(name: EngineName, context: "RuntimeContext") -> "Engine":
 
 def engine_version(variant: Variant) -> int | str:
     """Return a value that changes whenever its engine makes other bytes of a variant from the same inputs."""
-    if variant.engine != "native":
-        return f"{auto_gptq_digest()}-{_FILES_VERSION}"
-    return f"{ENGINE_VERSION}-{_CORRECTION_VERSION}" if variant.target_correction else ENGINE_VERSION
+    return ENGINE_VERSION if variant.engine == "native" else f"{auto_gptq_digest()}-{_FILES_VERSION}"
 
 
 def needs_cuda(name: EngineName) -> bool:
