@@ -359,7 +359,7 @@ def test_the_plan_counts_the_fp16_models_activations() -> None:
         suspended = states * plain.suspended_batches // plain.num_batches
         assert corrected.device_bytes > plain.device_bytes + on_device + suspended
         assert corrected.host_bytes == plain.host_bytes + (states if plain.placement == "host" else 0)
-    assert min(way.device_bytes for way in ways(corrected=True)) < 9e9
+    assert min(way.device_bytes for way in ways(corrected=True)) < 9.5e9
 
 
 @pytest.mark.parametrize("suspended", range(4))

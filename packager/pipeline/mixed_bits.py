@@ -43,7 +43,7 @@ def block_fingerprint(run: BuildState, variant_plan: VariantPlan, base_model: st
         base_model,
         run.texts.calibration,
         run.device,
-        engine_version=engine_version(variant),
+        engine_version=engine_version(variant.engine),
     )
     return parts if variant.mix is None else parts | {"bits of linears": digest_of(variant.linear_bits)}
 

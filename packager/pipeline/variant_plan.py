@@ -90,7 +90,7 @@ def _digest(variant: Variant, recipe: Recipe, revision: str | None, linears: str
     base, skip = recipe.base_model, sorted(recipe.quantize.skip)
     return digest_of(
         {
-            "engine_version": engine_version(variant),
+            "engine_version": engine_version(variant.engine),
             "base_model": {"id": base.id, "revision": revision, "path": base.public_path},
             "linears": linears,
             "calibration": recipe.calibration.model_dump(mode="json"),

@@ -194,9 +194,8 @@ class _BlockSolver:
             return {}
         found: dict[str, Solution] = {}
         refined = self._refined([tokens], H.shape[-1])
-        targets, finite = self._targets(
-            [self._linears[module].weight for each in mine.values() for module in each], H, S
-        )
+        every = [self._linears[module].weight for modules in mine.values() for module in modules]
+        targets, finite = self._targets(every, H, S)
         del S
         factor = self._factor(H)
         del H

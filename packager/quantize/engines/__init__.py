@@ -11,7 +11,7 @@ from packager.errors import MachineError
 from packager.model.architecture import Architecture
 from packager.quantize.engines.auto_gptq_files import auto_gptq_digest
 from packager.quantize.engines.legacy_config import problems
-from packager.variant import EngineName, Variant
+from packager.variant import EngineName
 
 if TYPE_CHECKING:
     from packager.prove.environments import RuntimeContext
@@ -34,9 +34,9 @@ def engine_named(name: EngineName, context: "RuntimeContext") -> "Engine":
     return AutoGptq(context)
 
 
-def engine_version(variant: Variant) -> int | str:
-    """Return a value that changes whenever its engine makes other bytes of a variant from the same inputs."""
-    return ENGINE_VERSION if variant.engine == "native" else f"{auto_gptq_digest()}-{_FILES_VERSION}"
+def engine_version(name: EngineName) -> int | str:
+    """Return a value that changes whenever an engine makes other bytes from the same inputs."""
+    return ENGINE_VERSION if name == "native" else f"{auto_gptq_digest()}-{_FILES_VERSION}"
 
 
 def needs_cuda(name: EngineName) -> bool:
