@@ -11,7 +11,7 @@ from packager.errors import MachineError
 from packager.model.architecture import Architecture
 from packager.quantize.engines.auto_gptq_files import auto_gptq_digest
 from packager.quantize.engines.legacy_config import problems
-from packager.variant import EngineName
+from packager.variant import EngineName, Variant
 
 if TYPE_CHECKING:
     from packager.prove.environments import RuntimeContext

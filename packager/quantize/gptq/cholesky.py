@@ -9,6 +9,8 @@ of the arithmetic, of float16 parts.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +18,8 @@ from torch import Tensor
 from packager.quantize.gptq.tensor_ops import TensorOps
 
 _PANEL = 128
-# From this width on, `split_cholesky` is used on CUDA. With at least 4 panels, what it holds beside A takes no more
-# than A: 16 bytes for each row and column of a panel. `packager.quantize.memory` plans two matrices of A's size for it.
+# From this width on, `split_cholesky` is used on CUDA. With at least 6 panels, what it holds beside A takes no more
+# than A: 24 bytes for each row and column of a panel. `packager.quantize.memory` plans two matrices of A's size for it.
 SPLIT_WIDTH = 11008
 SPLIT_PANEL = 256
 _UPDATE_COLUMNS = 2048  # of one product; right of the diagonal it computes what nothing reads
@@ -68,6 +70,9 @@ def split_cholesky(A: Tensor, ops: TensorOps, panel: int = SPLIT_PANEL) -> tuple
     sum within the tensor cores has the columns of one panel: if a panel's own columns were updated last, by all columns
     left of them, a sum would have up to n. It also stores the float16 parts of one panel only.
 
+    The next panel's columns are updated first. It is factored, by small pieces of work one after the other, beside the
+    updates of the columns right of it: on a GPU, on another stream.
+
     Args:
         A: float32 [n, n], rows dense.
         ops: splits and multiplies.
@@ -79,9 +84,10 @@ def split_cholesky(A: Tensor, ops: TensorOps, panel: int = SPLIT_PANEL) -> tuple
     n = A.shape[0]
     scale = torch.exp2(torch.ceil(torch.log2(A.diagonal().sqrt()))) / _HEADROOM
     A.div_(scale[:, None]).div_(scale)
-    parts = torch.empty(max(n - panel, 0), 4, panel, dtype=torch.float16, device=A.device)
+    beside = _Beside(A.device)
+    buffers = [torch.empty(max(n - panel, 0), 4, panel, dtype=torch.float16, device=A.device) for _ in range(2)]
     failed = torch.zeros((), dtype=torch.bool, device=A.device)
-    for begin in range(0, n, panel):
+    for number, begin in enumerate(range(0, n, panel)):
         end = min(begin + panel, n)
         L, failed_at = torch.linalg.cholesky_ex(A[begin:end, begin:end])
         failed |= failed_at != 0
@@ -89,8 +95,34 @@ def split_cholesky(A: Tensor, ops: TensorOps, panel: int = SPLIT_PANEL) -> tuple
         if end < n:
             rows = rows_below(L, A[end:, begin:end])
             torch.mul(rows, scale[end:, None], out=A[end:, begin:end])
-            _subtract_square(A[end:, end:], rows, parts[: n - end], ops)
+            left, right = _parts_of(rows, buffers[number % 2][: n - end], ops)
+            beside.wait()  # for the products of the panel before, which are subtracted from the next panel too
+            _subtract_columns(A[end:, end:], left, right, range(panel), ops)
+            with beside.work():
+                _subtract_columns(A[end:, end:], left, right, range(panel, n - end), ops)
+    beside.wait()
     return A.tril_(), failed
+
+
+class _Beside:
+    """Work that a GPU does on another stream; without a GPU, on the current one like all work."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._stream = device, None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def work(self) -> AbstractContextManager[Any]:
+        """Return a context whose work comes after what the current stream was given so far."""
+        if self._stream is None:
+            return nullcontext()
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        return torch.cuda.stream(self._stream)
+
+    def wait(self) -> None:
+        """Let the current stream continue when this work is done."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
 
 def rows_below(L: Tensor, A: Tensor) -> Tensor:
@@ -107,26 +139,37 @@ def rows_below(L: Tensor, A: Tensor) -> Tensor:
     return transposed.mT
 
 
-def _subtract_square(total: Tensor, x: Tensor, parts: Tensor, ops: TensorOps) -> None:
-    """Subtract x x^T from the lower triangle of a matrix, but for the product of the two low parts of x.
+def _parts_of(x: Tensor, parts: Tensor, ops: TensorOps) -> tuple[Tensor, Tensor]:
+    """Return the factors of x x^T but for the product of the two low parts of x: [m, 3 panel] and [3 panel, m].
 
     `parts` becomes [high, low, high, high]. Its first three times its last three are the three products in one sum,
     which reads and writes the matrix once. The small products come first: added to the large one, each would be cut off
     at its last bit.
 
     Args:
-        total: float32 [m, m]; right of the diagonal, some of it is overwritten.
         x: float32 [m, panel].
         parts: float16 [m, 4, panel], overwritten.
-        ops: splits and multiplies.
+        ops: splits.
     """
     high, low = parts[:, 0], parts[:, 1]
     ops.split(x, None, None, (high, low))
     parts[:, 2:] = high[:, None]
-    left, right = parts[:, :3].flatten(1), parts[:, 1:].flatten(1).T
-    for begin in range(0, x.shape[0], _UPDATE_COLUMNS):
-        columns = slice(begin, begin + _UPDATE_COLUMNS)
-        ops.add_product(total[begin:, columns], left[begin:], right[:, columns], alpha=-1)
+    return parts[:, :3].flatten(1), parts[:, 1:].flatten(1).T
+
+
+def _subtract_columns(total: Tensor, left: Tensor, right: Tensor, columns: range, ops: TensorOps) -> None:
+    """Subtract columns of a product from those of a symmetric matrix, on and below the diagonal.
+
+    Args:
+        total: float32 [m, m]; right of the diagonal, some of it is overwritten.
+        left: float16 [m, k].
+        right: float16 [k, m].
+        columns: which.
+        ops: multiplies.
+    """
+    for begin in range(columns.start, columns.stop, _UPDATE_COLUMNS):
+        some = slice(begin, min(begin + _UPDATE_COLUMNS, columns.stop))
+        ops.add_product(total[begin:, some], left[begin:], right[:, some], alpha=-1)
 
 
 def split_solve(P: Tensor, L: Tensor, ops: TensorOps, panel: int = SOLVE_PANEL) -> Tensor:
@@ -191,7 +234,7 @@ def _span(panels: Sequence[tuple[slice, Tensor]]) -> slice:
 def _subtract_product(total: Tensor, x: Tensor, y: Tensor, ops: TensorOps) -> None:
     """Subtract x y^T, but for the product of the two low parts: x is high, low, high and y is low, high, high.
 
-    `_subtract_square` says why it is one sum in this order.
+    `_parts_of` says why it is one sum in this order.
 
     Args:
         total: float32 [k, m].
