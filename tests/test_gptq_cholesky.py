@@ -198,7 +198,7 @@ def test_losses_are_those_with_the_library_s_factor(device, outliers, monkeypatc
 
 
 def test_what_is_beside_the_matrix_takes_no_more_than_it():
-    """16 bytes for each row and column of a panel; H, the matrix and these are within what a plan counts."""
+    """24 bytes for each row and column of a panel; H, the matrix and these are within what a plan counts."""
     assert 24 * SPLIT_PANEL <= 4 * SPLIT_WIDTH
     assert memory._SQUARES >= 3
 
