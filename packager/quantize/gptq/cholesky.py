@@ -24,9 +24,9 @@ SPLIT_WIDTH = 11008
 SPLIT_PANEL = 256
 _UPDATE_COLUMNS = 2048  # of one product; right of the diagonal it computes what nothing reads
 _HEADROOM = 2.0**9  # bounds the float16 parts: entries far below the largest of their row keep their bits, too
-# `split_solve`: columns of a diagonal block that is inverted, and the most columns of a product.
-SOLVE_PANEL = 256
-_SOLVE_COLUMNS = 1024
+# Columns of a panel of a matrix that is damped by the mean of its diagonal: 256 take a GPU as long, and the host twice.
+DAMPED_PANEL = 512
+_SOLVE_COLUMNS = 4096  # of a product in `split_solve`
 # The norm of a row that is solved for; its solutions exceed it by up to 2 sqrt(n + 1), and float16 ends at 2^16.
 _SOLVE_NORM = 2.0**7
 _SMALLEST_NORM = 2.0**-60  # of such a row: keeps the factor of a row of zeros finite
@@ -172,7 +172,7 @@ def _subtract_columns(total: Tensor, left: Tensor, right: Tensor, columns: range
         ops.add_product(total[begin:, some], left[begin:], right[:, some], alpha=-1)
 
 
-def split_solve(P: Tensor, L: Tensor, ops: TensorOps, panel: int = SOLVE_PANEL) -> Tensor:
+def split_solve(P: Tensor, L: Tensor, ops: TensorOps, panel: int = DAMPED_PANEL) -> Tensor:
     """Overwrite P by P A^-1, A = L L^T, with products of float16 parts: X L^T = P, then R L = X.
 
     Rows of L are divided by powers of two near their norms, columns of P likewise, and each row of P by one near its

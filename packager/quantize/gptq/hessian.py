@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from packager.errors import QuantizeError
-from packager.quantize.gptq.cholesky import SPLIT_WIDTH, blocked_cholesky, split_cholesky
+from packager.quantize.gptq.cholesky import SPLIT_PANEL, SPLIT_WIDTH, blocked_cholesky, split_cholesky
 from packager.quantize.gptq.choose_ops import ops_for
 from packager.quantize.gptq.order import ColumnOrder
 from packager.quantize.gptq.panels import panels
@@ -204,12 +204,17 @@ def _reordered(H: Tensor, order: Tensor) -> Tensor:
     return found
 
 
-def cholesky(A: Tensor) -> tuple[Tensor, Tensor]:
-    """Return L with A = L L^T, and bool [...], whether that failed; A may be overwritten."""
+def cholesky(A: Tensor, panel: int = SPLIT_PANEL) -> tuple[Tensor, Tensor]:
+    """Return L with A = L L^T, and bool [...], whether that failed; A may be overwritten.
+
+    Args:
+        A: float32 [..., n, n].
+        panel: of `split_cholesky`, where that is used.
+    """
     if A.is_cuda and A.ndim == 3:
         return blocked_cholesky(A)
     if A.is_cuda and A.shape[-1] >= SPLIT_WIDTH:
-        return split_cholesky(A, ops_for(A.device))
+        return split_cholesky(A, ops_for(A.device), panel)
     L, failed_at = torch.linalg.cholesky_ex(A)
     return L, failed_at != 0
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from packager.quantize.gptq.cholesky import split_solve
+from packager.quantize.gptq.cholesky import DAMPED_PANEL, split_solve
 from packager.quantize.gptq.choose_ops import ops_for
 from packager.quantize.gptq.hessian import PanelSum, ProductSums, cholesky, required_sum
 from packager.quantize.gptq.panels import shift_rows
@@ -100,7 +100,7 @@ def corrected_targets(
     damping = CORRECTION_DAMPING * damped.diagonal().mean()
     damped.diagonal().add_(torch.where(damping == 0, 1, damping))  # 0: the inputs are always zero, and so is S
     # With this damping H is positive definite, unless a number in it is not finite.
-    L, _ = cholesky(damped)
+    L, _ = cholesky(damped, DAMPED_PANEL)
     del damped
     change = solve_rows(S, L, ops)
     del S, L
