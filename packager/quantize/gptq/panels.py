@@ -1,7 +1,7 @@
-"""The part of a Hessian's sum that is computed: H is symmetric. No torch.
+"""The parts of sums over inputs that are computed: of a Hessian, and of a target correction. No torch.
 
-Of each panel of rows only the part right of its diagonal is computed. Five panels or more do some 60 % of the work and
-still are large products. Widths that are no multiple of a tile are several times slower.
+H is symmetric: of each panel of its rows only the part right of the diagonal is computed. Five panels or more do some
+60 % of the work and still are large products. Widths that are no multiple of a tile are several times slower.
 """
 
 _PANELS = 5
