@@ -47,6 +47,20 @@ def divided_kernel(x_ptr, out_ptr, DIVISOR: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(out_ptr + place, kernels._divided(tl.load(x_ptr + place), DIVISOR))
 
 
+@pytest.mark.slow
+def test_no_product_is_fused_into_the_difference_that_must_be_exact() -> None:
+    """On a GPU a multiplication and a subtraction become one operation, of the product before it is rounded."""
+    source = triton.compiler.ASTSource(
+        fn=divided_kernel,
+        signature={"x_ptr": "*fp32", "out_ptr": "*fp32", "DIVISOR": "constexpr", "BLOCK": "constexpr"},
+        constexprs={(2,): 15, (3,): 128},
+    )
+    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+    instructions = [line.split()[0] for line in triton.compile(source, target=target).asm["ptx"].splitlines() if line]
+    assert instructions.count("sub.f32") == 1
+    assert "mul.f32" not in instructions
+
+
 def padded(values: Tensor) -> Tensor:
     return torch.nn.functional.pad(values, (0, -len(values) % BLOCK), value=1.0)
 

@@ -10,6 +10,7 @@ of the arithmetic, of float16 parts.
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -68,7 +69,8 @@ def split_cholesky(A: Tensor, ops: TensorOps, panel: int = SPLIT_PANEL) -> tuple
 
     Tensor cores cut off where they should round, so the error of a sum grows with its length. Hence this order, where a
     sum within the tensor cores has the columns of one panel: if a panel's own columns were updated last, by all columns
-    left of them, a sum would have up to n. It also stores the float16 parts of one panel only.
+    left of them, a sum would have up to n. It also stores the float16 parts of two
+    panels only.
 
     The next panel's columns are updated first. It is factored, by small pieces of work one after the other, beside the
     updates of the columns right of it: on a GPU, on another stream.
@@ -104,13 +106,18 @@ def split_cholesky(A: Tensor, ops: TensorOps, panel: int = SPLIT_PANEL) -> tuple
     return A.tril_(), failed
 
 
+@cache
+def _stream_beside(device: torch.device) -> torch.cuda.Stream:
+    """Return one stream for each GPU: cuBLAS keeps a workspace of 32 MiB for each stream that it has seen."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
 class _Beside:
     """Work that a GPU does on another stream; without a GPU, on the current one like all work."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._stream = device, None
-        if device.type == "cuda":
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._device = device
+        self._stream = _stream_beside(device) if device.type == "cuda" else None
 
     def work(self) -> AbstractContextManager[Any]:
         """Return a context whose work comes after what the current stream was given so far."""

@@ -27,7 +27,7 @@ def _float16(scale, SMALLEST: tl.constexpr):
 
 @triton.jit
 def _residual(x, y, c):
-    """Return x - y c, which is exact where y is next to x / c and c has at most 12 bits: both parts of y fit c."""
+    """Return x - y c, exact where y is next to x / c: products of c, at most 12 bits, and 12 bits of y have 24 bits."""
     upper = (y.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
     return (x - upper * c) - (y - upper) * c
 
@@ -45,8 +45,11 @@ def reciprocal(scale):
 
 @triton.jit
 def _divided(x, DIVISOR: tl.constexpr):
-    """Return x / DIVISOR, a whole number of at most 8 bits, rounded to nearest where the result is a normal number."""
-    y = x * (1.0 / DIVISOR)
+    """Return x / DIVISOR, a whole number of at most 8 bits, rounded to nearest where the result is a normal number.
+
+    The addition of 0 keeps the compiler from computing `y - upper` of the unrounded product.
+    """
+    y = tl.fma(x, 1.0 / DIVISOR, 0.0)
     return tl.where(x < 1e30, y + _residual(x, y, DIVISOR * 1.0) * (1.0 / DIVISOR), y)
 
 
