@@ -142,7 +142,7 @@ def _decoder(checkpoint: Checkpoint, job: VerifyJob, dtype: torch.dtype = torch.
 def _logits(decoder: Decoder, states: Tensor) -> Tensor:
     """Return logits on the CPU, float32 [tokens, vocab], of states [tokens, hidden_size]."""
     pieces = torch.split(states, tokens_per_piece(decoder.vocab_size))
-    return torch.cat([decoder.logits(piece[None])[0].float().cpu() for piece in pieces])
+    return torch.cat([decoder.logits(piece[None])[0].cpu() for piece in pieces])
 
 
 def check_loaders(
