@@ -31,15 +31,14 @@ class StagedCopies:
         """
         if tensor.device.type != "cpu":
             return tensor.to(self._device, dtype)
-        tensor = tensor.to(dtype).contiguous()
         copy = torch.empty(tensor.shape, dtype=dtype, device=self._device)
-        buffer = self._take_buffer()
-        elements = self._piece_bytes // tensor.element_size()
-        for source, target in zip(
-            torch.split(tensor.reshape(-1), elements), torch.split(copy.view(-1), elements), strict=True
-        ):
-            staged = buffer.view(dtype)[: source.numel()].copy_(source)
-            target.copy_(staged, non_blocking=True)
+        source = tensor.to(dtype).contiguous().reshape(-1).view(torch.uint8).numpy()
+        target, buffer = copy.view(-1).view(torch.uint8), self._take_buffer()
+        for begin in range(0, len(source), self._piece_bytes):
+            piece = source[begin : begin + self._piece_bytes]
+            # Not torch's copy: each thread that calls it would start threads of its own on every core.
+            buffer.numpy()[: len(piece)] = piece
+            target[begin : begin + len(piece)].copy_(buffer[: len(piece)], non_blocking=True)
             self._wait()
         self._free.append(buffer)
         return copy
