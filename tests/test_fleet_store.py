@@ -264,15 +264,57 @@ def test_a_service_that_did_not_answer_is_left_alone_for_a_while(
     monkeypatch.setattr("packager.fleet.remote_store.time.monotonic", lambda: now[0])
     monkeypatch.setattr(Service, "pipe_file", lambda _, path, *__: (asked.append(path), service.answers.wait()))
     store = open_store(f"service://{tmp_path.name}")
-    for why in ("no answer within 0.02 s", "it did not answer before, and is asked again in 15 s"):
+    for name, why in (("a", "no answer within 0.02 s"), ("b", "it did not answer before, and is asked again in 15 s")):
         with pytest.raises(MachineError, match="the store does not answer") as caught:
-            store.write("a", b"")
+            store.write(name, b"")
         assert caught.value.why == why
     assert len(asked) == 1
     now[0] = 15.0
     service.answers.set()
-    store.write("a", b"")
+    store.write("b", b"")
     assert len(asked) == 2
+
+
+def test_a_write_that_was_given_up_never_comes_after_a_newer_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a recipe that is published would be under way again."""
+    write, may_end, ended = Service.pipe_file, threading.Event(), threading.Event()
+
+    def slow(*given: Any) -> None:
+        may_end.wait()
+        write(*given)
+        ended.set()
+
+    monkeypatch.setattr(remote_store, "_LIMIT_S", 0.02)
+    monkeypatch.setattr(remote_store, "_PAUSE_S", 0.0)
+    store = RemoteStore(f"service://{tmp_path.name}")
+    monkeypatch.setattr(Service, "pipe_file", slow)
+    for data, why in ((b"building", "no answer within"), (b"published", "an earlier write of it has not ended")):
+        with pytest.raises(MachineError, match="the store does not answer") as caught:
+            store.write("state", data)
+        assert why in caught.value.why
+    monkeypatch.setattr(Service, "pipe_file", write)
+    store.write("other", b"")
+    may_end.set()
+    ended.wait()
+    while store._being_written:
+        time.sleep(0.001)
+    store.write("state", b"published")
+    assert store.read("state") == b"published"
+
+
+@pytest.mark.parametrize("question", [lambda store: store.names("a"), lambda store: store.delete("a")])
+def test_a_question_about_many_objects_takes_the_time_that_it_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, question: Callable[[Any], Any]
+) -> None:
+    store = open_store(f"service://{tmp_path.name}", pytest.fail)
+    store.write("a/b", b"")
+    monkeypatch.setattr(remote_store, "_LIMIT_S", 0.01)
+    for name in ("find", "rm"):
+        asked = getattr(Service, name)
+        monkeypatch.setattr(Service, name, lambda *a, asked=asked, **k: (time.sleep(0.05), asked(*a, **k))[1])
+    question(store)
 
 
 def test_a_block_may_take_longer_than_a_question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,7 @@ class RemoteStore:
 
     def __init__(self, url: str, log: Callable[[str], None] = lambda _: None) -> None:
         self.url, self._log, self._silent, self._paused_until = url, log, False, 0.0
+        self._being_written: set[str] = set()
         self._files, self._root = self._open()
 
     def _open(self) -> tuple[Any, str]:
@@ -113,7 +114,21 @@ class RemoteStore:
             if len(data) > _SMALL_BYTES:
                 self._files.pipe_file(self._path(name), data)
             else:
-                self._ask(self._files.pipe_file, self._path(name), data)
+                self._write_in_order(self._path(name), data)
+
+    def _write_in_order(self, path: str, data: bytes) -> None:
+        """Write an object unless an older write, which nobody waits for any more, might come after this one."""
+
+        def write() -> None:
+            self._being_written.add(path)
+            try:
+                self._files.pipe_file(path, data)
+            finally:
+                self._being_written.discard(path)
+
+        if path in self._being_written:
+            raise self._no_answer("an earlier write of it has not ended yet")
+        self._ask(write)
 
     def create(self, name: str, data: bytes) -> bool:
         """Write an object unless there is one of this name; return whether it was written.
@@ -144,7 +159,8 @@ class RemoteStore:
         """Return the names of all objects below a folder, sorted."""
         root = self._root.rstrip("/")
         with store_errors(self.url, folder), suppress(FileNotFoundError):
-            found = self._ask(self._files.find, f"{root}/{checked_name(folder)}" if folder else root)
+            # Without a limit: it takes as long as there are objects.
+            found = self._files.find(f"{root}/{checked_name(folder)}" if folder else root)
             return sorted(path[len(root) + 1 :] for path in found)
         return []
 
@@ -165,7 +181,8 @@ class RemoteStore:
     def delete(self, folder: str) -> None:
         """Delete all objects below a folder."""
         with store_errors(self.url, folder), suppress(FileNotFoundError):
-            self._ask(self._files.rm, self._path(folder), recursive=True)
+            # Without a limit: one that was given up could delete what is written again later.
+            self._files.rm(self._path(folder), recursive=True)
 
 
 def _is_not_there(*_: object, **__: object) -> bool:
