@@ -79,7 +79,7 @@ class QuantizedBlock:
 
     Attributes:
         tensors: packed, by their full names, on the device that made them.
-        records: one per linear, by the number of the group, and of the first expert where a slice was solved.
+        records: one per linear, by the group's number, and the first expert's of a slice or the place of a wide linear.
     """
 
     tensors: Mapping[str, Tensor]

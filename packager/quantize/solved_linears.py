@@ -13,9 +13,9 @@ _COMPUTED = ("losses", "unrefined_losses", "succeeded")
 
 @dataclass(frozen=True, kw_only=True)
 class SolvedLinears:
-    """Linears that were quantized together; the device may still be computing `losses` and `succeeded`.
+    """Linears that were quantized together; the device may still be computing the losses and `succeeded`.
 
-    `position` is the key of their records in `QuantizedBlock`.
+    `position` is the key of their records in `QuantizedBlock`: the number of their group, and their place in it.
 
     `calibrated` is what is known of each linear's Hessian, of experts only: the tokens and rho of a record.
     """

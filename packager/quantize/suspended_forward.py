@@ -35,7 +35,7 @@ from packager.quantize.gptq.target_correction import InputShift
 # Given the Hessian, and S where the fp16 model's activations are known.
 SolveGroup = Callable[[Group, Hessian, InputShift | None], None]
 SolveExperts = Callable[[str, Sequence[RoutedInputs]], None]
-OnSolved = Callable[[], None]
+Action = Callable[[], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +114,7 @@ def linear_groups(block: nn.Module, hidden: Tensor, context: Context) -> tuple[G
 def sweep_sequential(
     block: nn.Module, groups: Sequence[Group], states: Activations, contexts: Sequence[Context], solve: SolveGroup, *,
     solve_experts: SolveExperts = _refuse_experts, parts: Sequence[int] | None = None, suspended: int | None = None,
-    reference: Reference | None = None, last: bool = False, on_solved: OnSolved = _ignore, check: OnSolved = _ignore,
+    reference: Reference | None = None, last: bool = False, on_solved: Action = _ignore, check: Action = _ignore,
 ) -> None:  # fmt: skip
     """Quantize group after group while the batches are inside the block.
 
@@ -321,8 +321,8 @@ def sweep_parallel(
     solve_experts: SolveExperts = _refuse_experts,
     parts: Sequence[int] | None = None,
     last: bool = False,
-    on_solved: OnSolved = _ignore,
-    check: OnSolved = _ignore,
+    on_solved: Action = _ignore,
+    check: Action = _ignore,
 ) -> None:
     """Quantize all groups on the original block's activations (true_sequential False), in two forwards per batch.
 
