@@ -15,7 +15,9 @@ from typing import Any
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from typer.testing import CliRunner
 
+from packager.cli.main import app
 from packager.errors import MachineError, StateError, UsageError
 from packager.fleet import remote_store
 from packager.fleet.leases import Lease
@@ -351,12 +353,38 @@ def test_an_error_names_the_store_and_no_password(tmp_path: Path, monkeypatch: p
     assert caught.value.where == str(tmp_path / "file" / "store")
 
 
-@pytest.mark.parametrize("url", ["s3:/bucket/a", "s3:bucket", "s3//bucket/a", "file:/srv/fleet", "host:/srv/fleet"])
+@pytest.mark.parametrize(
+    "url",
+    ["s3:/bucket/a", "s3:bucket", "s3//bucket/a", "file:/srv/fleet", "host:/srv/fleet", "me@nas:/srv/fleet",
+     "10.0.0.1:/srv/fleet", "://srv/fleet", "file://srv/fleet", "file://localhost/srv/fleet", "file://~/fleet",
+     "file://"],
+)  # fmt: skip
 def test_a_url_with_a_character_too_few_is_no_folder_of_this_machine(url: str) -> None:
     with pytest.raises(UsageError, match="neither a URL nor surely a folder"):
         open_store(url)
-    open_store(f"./{url}")
+    if "://" not in url:
+        open_store(f"./{url}")
     open_store("C:/fleet")
+    assert open_store("file:///srv/fleet").url == open_store("/srv/fleet").url
+
+
+@pytest.mark.parametrize("url", ["s3:/KEY:SECRET@bucket/a", "s3//KEY:SECRET@bucket/a", "me:SECRET@nas:/srv/fleet"])
+def test_a_password_in_a_mistyped_url_is_not_shown(url: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        open_store(url)
+    assert "SECRET" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["", " "])
+@pytest.mark.parametrize("command", [("release", "--jobs", "1"), ("queue",)])
+def test_a_store_of_a_variable_that_is_not_set_is_refused(
+    command: tuple[str, ...], url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = Path(__file__).resolve().parent.parent / "recipes" / "demo-llama.yaml"
+    done = CliRunner().invoke(app, [*command, str(recipe), "--store", url])
+    assert (done.exit_code, "it is empty" in done.stderr) == (UsageError.exit_code, True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_s3fs_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

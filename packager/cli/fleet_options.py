@@ -32,7 +32,7 @@ RayOption = Annotated[
     ),
 ]
 StoreOption = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--store",
         metavar="URL",
@@ -110,7 +110,7 @@ class FleetOptions:
 
     jobs: int | None = None
     ray: str = ""
-    store: str = ""
+    store: str | None = None
     disk_bytes: int | None = None
     store_bytes: int | None = None
     gpus: int | None = None
@@ -151,15 +151,15 @@ class FleetOptions:
                 "--cache is for this machine, and --ray makes loaders' environments on others",
                 hint="set XDG_CACHE_HOME for the nodes",
             )
-        if has_credentials(self.store):
+        if self.store is not None and has_credentials(self.store):
             raise UsageError(
                 "the address of --store has a password or a key in it",
                 why="the process of each task, also on other machines, gets it on its command line",
                 hint="leave it out: what opens the store finds it in its own files or variables, such as AWS_PROFILE",
             )
-        if self.ray and not self.store:
+        if self.ray and self.store is None:
             raise UsageError("--ray needs --store", why="machines share nothing else", hint="name a folder or a URL")
-        if (self.disk_bytes or self.store_bytes) and not self.store:
+        if (self.disk_bytes or self.store_bytes) and self.store is None:
             raise UsageError(
                 "--disk and --store-size need --store",
                 why="what a machine deletes must be kept somewhere else",

@@ -77,14 +77,14 @@ def release_side_by_side(
         open_executor = _ray_fleet(options, terminal, fleet, environ)
     else:
         gpus, open_executor = _local_processes(options, fleet, environ)
-    store = open_store(fleet.store, terminal.log) if fleet.store else None
+    store = None if fleet.store is None else open_store(fleet.store, terminal.log)
     if store is not None:
         check_creates(store)
     needs = Needs(
         gpus=gpus,
         publishing=checks.publishing,
         store=store,
-        store_url=absolute_store(fleet.store),
+        store_url="" if fleet.store is None else absolute_store(fleet.store),
         local_target=options.dist,
         priorities=priorities_of(paths, fleet.priorities),
     )
@@ -160,7 +160,7 @@ def _task_command(fleet: "FleetOptions") -> tuple[str, ...]:
 
 def absolute_store(url: str) -> str:
     """Return the URL of a store as every process of it understands it: a folder with its whole path."""
-    return url if "://" in url or not url else str(Path(url).absolute())
+    return url if "://" in url else str(Path(url).absolute())
 
 
 def priorities_of(paths: "Sequence[Path]", words: Sequence[str]) -> "dict[Path, int]":

@@ -20,7 +20,7 @@ from packager.cli.options import (
 from packager.errors import UsageError
 
 _StoreOption = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--store",
         metavar="URL",
@@ -36,7 +36,7 @@ def queue_command(
         typer.Argument(metavar="RECIPE|FOLDER...", help="Recipes, and folders of recipes.", show_default=False),
     ] = None,
     glob: GlobOption = None,
-    store: _StoreOption = "",
+    store: _StoreOption = None,
     dist: DistOption = DIST,
     page: Annotated[
         Path | None, typer.Option("--page", metavar="FILE", help="Also write the queue as an HTML page.")
@@ -68,7 +68,7 @@ def queue_command(
         raise UsageError("--watch shows text alone", hint="leave out --page and --format json")
     terminal = terminal_of()
     queued = queued_recipes(recipes or (), glob or (), terminal.log, dist=dist)
-    opened = open_store(store, terminal.log) if store else None
+    opened = None if store is None else open_store(store, terminal.log)
     options = options_of(dist, Device.cpu, None)
     if terminal.err.is_terminal:
         with terminal.bar(len(queued)) as bar:

@@ -69,7 +69,7 @@ def release_command(
     no_publish: NoPublishOption = False,
     jobs: JobsOption = None,
     ray: RayOption = "",
-    store: StoreOption = "",
+    store: StoreOption = None,
     disk: DiskOption = None,
     store_size: StoreSizeOption = None,
     gpus: GpusOption = None,

@@ -10,9 +10,11 @@ from typing import Final
 from packager.errors import MachineError, UsageError
 from packager.fleet.remote_store import RemoteStore
 from packager.fleet.store import FolderStore, Store
+from packager.system.text import shown_address
 
-# A URL with a character too few, s3:/bucket for example. A single letter before the colon is a disk of Windows.
-_MISTYPED: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:|s3a?//")
+# A URL with a character too few, such as s3:/bucket, and a folder of another machine, such as me@nas:/folder. A single
+# letter before the colon is a disk of Windows.
+_MISTYPED: Final = re.compile(r"[^/]{2,}:|s3a?//|://")
 _WRITERS: Final = 8  # at once, for the check that one of them wins
 
 
@@ -28,15 +30,18 @@ def open_store(url: str, log: Callable[[str], None] = lambda _: None) -> Store:
         MachineError: a package that the URL needs is not installed, or the store cannot be opened.
     """
     scheme, separator, rest = url.partition("://")
-    if not separator and _MISTYPED.match(url):
+    is_url = bool(scheme and separator)
+    if not url.strip() or (not is_url and _MISTYPED.match(url)) or (scheme == "file" and not rest.startswith("/")):
         raise UsageError(
             "the store is neither a URL nor surely a folder",
-            where=url,
-            why="as a folder it would lie in the working folder, and each machine would have one of its own",
-            hint=f"write s3://bucket/folder, or ./{url} for a folder of this name",
+            where=shown_address(url) or "--store",
+            why="as a folder it would lie in the working folder, and each machine would have one of its own"
+            if url.strip()
+            else "it is empty, as a variable is that was not set",
+            hint="write s3://bucket/folder or /folder; for a folder in the working folder, put ./ before its name",
         )
-    if not separator or scheme == "file":
-        return FolderStore(Path(rest if separator else url).absolute())
+    if not is_url or scheme == "file":
+        return FolderStore(Path(rest if is_url else url).absolute())
     if "::" in scheme:
         raise UsageError(
             "the store is a chain of file systems",
