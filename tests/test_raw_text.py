@@ -261,8 +261,9 @@ def test_a_plan_refuses_a_text_with_its_file_and_line(tmp_path: Path, text: str)
 
 @pytest.mark.parametrize(
     "text",
-    ["{{ model }}", "{% if a %}", "run huggingface-cli login", "```python\nprint(\n```", "set trust_remote_code=True"],
-)
+    ["{{ model }}", "{% if a %}", "run huggingface-cli login", "```python\nprint(\n```", "set trust_remote_code=True",
+     "read /home/anna/notes", "copy it to anna@nas:/srv", "log in with hf_abcdefghijklmnopqrstuvwx"],
+)  # fmt: skip
 @pytest.mark.parametrize("name", ["header", "footer", "original_card"])
 def test_a_plan_refuses_what_the_audit_of_the_finished_card_will(tmp_path: Path, name: str, text: str) -> None:
     """After the build it would be too late."""

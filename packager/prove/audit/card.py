@@ -9,6 +9,7 @@ from packager.card.raw_text import TextProblem
 from packager.model.front_matter import front_matter_fields
 from packager.prove.audit.files import JsonObject, Listing, as_object, read_text
 from packager.prove.audit.finding import Findings
+from packager.prove.audit.privacy import search_words
 from packager.receipt import CONFIG, PROVENANCE, README
 from packager.recipe.licenses import FILES_BY_LICENSE, HUB_LICENSES, LicenseFiles
 from packager.system.python_warnings import without_warnings
@@ -59,14 +60,15 @@ def words_problems(text: str) -> list[TextProblem]:
 
     That includes remote code: no branch has an auto_map, see `branch_rules`.
     """
-    findings = Findings()
-    _check_body(text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), findings, remote_code=False)
-    problems = []
+    findings, text, problems = Findings(), text.replace("\r\n", "\n").replace("\r", "\n"), []
+    _check_body(text.split("\n"), findings, remote_code=False)
+    search_words(text, findings)
     for finding in findings.collected():
         for where in (finding.where, *finding.also):
             line = where.rpartition(":")[2]
             number = int(line) if line.isdecimal() else 1
-            problems.append(TextProblem(line=number, message=finding.message, hint="change the words, or write `code`"))
+            hint = "change the words, or write `code`" if finding.code == "card-template" else finding.hint
+            problems.append(TextProblem(line=number, message=finding.message, hint=hint))
     return problems
 
 

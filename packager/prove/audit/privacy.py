@@ -76,6 +76,11 @@ def check_privacy(
                     findings.add("host-name", place, "it names this machine or its user")
 
 
+def search_words(text: str, findings: Findings) -> None:
+    """Search words that become part of README.md as it will be searched, but for the names of this machine."""
+    _search(_lines(README, text), findings, vocabulary=False)
+
+
 def is_text(name: str) -> bool:
     """Return whether a file of this name is searched: a text, or a file without a suffix, such as LICENSE."""
     base = name.rpartition("/")[2].lower()
@@ -129,7 +134,11 @@ def _searched(listing: Listing, name: str, documents: Mapping[str, object]) -> I
         document = documents[name] if name in documents else _document(listing, name)
         yield from _batches(name, _json_strings(document))
     elif text := read_text(listing, name, Findings()):
-        yield _Searched(name=name, text=text, keys=(), ends=[match.start() for match in re.finditer("\n", text)])
+        yield _lines(name, text)
+
+
+def _lines(name: str, text: str) -> _Searched:
+    return _Searched(name=name, text=text, keys=(), ends=[match.start() for match in re.finditer("\n", text)])
 
 
 def _document(listing: Listing, name: str) -> object:
