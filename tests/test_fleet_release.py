@@ -173,9 +173,16 @@ def test_each_recipe_has_a_result_and_a_state_in_the_store(tmp_path: Path) -> No
     wrong = TaskEnd(task=task, result="failed", why="NaN", final=True, exit_code=5)
     run = run_of(Instant({f"{B} sweep": wrong}), store, recipe_of(A), recipe_of(B), recipe_of("tester/c", stages=()))
     free: list[bool] = []  # when a recipe ends, not when the run does
-    run.ended = lambda text: free.append(Lease(store, text.partition(":")[0], "other").claim(0.0))
+    ended: list[str] = []
+
+    def note(text: str) -> None:
+        ended.append(text)
+        if "before" not in text:
+            free.append(Lease(store, text.partition(":")[0], "other").claim(0.0))
+
+    run.ended = note
     run.run()
-    assert free == [True, True]
+    assert (free, ended[0]) == ([True, True], "tester/c: published before, from the same inputs")
     found = [(each.repository, each.outcome, each.why, each.exit_code) for each in run.results().values()]
     before = "published before, from the same inputs"
     assert found == [
@@ -454,6 +461,11 @@ def test_two_recipes_a_killed_process_and_the_bytes_of_one_after_the_other(
     again = release_by_fleet(paths, options, terminal, ReleaseChecks(), settings)
     assert [each.why for each in again] == ["published before, from the same inputs"] * 2
     assert not any("started" in text for text in logged)
+    shutil.rmtree(options.dist / "hub" / "models" / first)
+    (released, _) = release_by_fleet(paths, options, terminal, ReleaseChecks(), settings)
+    assert (released.outcome, released.why) == ("published", "")
+    found = end_of_release(options.dist)
+    assert {name: found[name] for name in expected} == expected
 
 
 REFUSED = {

@@ -11,6 +11,7 @@ from packager.fleet.store import Store
 from packager.fleet.tasks import BuildRequest, Task, TaskStage
 from packager.fleet.worker import TaskOrder, inputs_digest
 from packager.pipeline.build_state import BuildState
+from packager.publish.targets.resolve_target import is_local_repository
 
 LIGHT_CPUS = 0.25  # of a task that mostly waits for a network
 
@@ -72,7 +73,7 @@ def fleet_recipe(run: BuildState, needs: Needs) -> FleetRecipe:
         gpu_memory_bytes=run.options.gpu_memory_bytes,
         local_target=str(needs.local_target.absolute()),
     )
-    stages = [] if needs.publishing and _is_published(needs.store, repository, order.inputs) else _stages(run, needs)
+    stages = [] if needs.publishing and _is_published(run, needs, order.inputs) else _stages(run, needs)
     plan = run.plan
     builds, losses, download = plan.disk.builds_bytes, plan.disk.losses_bytes, plan.disk.source_bytes
     computing = {"gpus": needs.gpus, "cpus": 1.0}
@@ -98,9 +99,16 @@ def fleet_recipe(run: BuildState, needs: Needs) -> FleetRecipe:
     return FleetRecipe(path=path, request=request, order=order, recipe_digest=run.recipe.digest())
 
 
-def _is_published(store: Store | None, repository: str, inputs: str) -> bool:
-    state = read_recipe_state(store, repository) if store is not None else None
-    return state is not None and (state.state, state.inputs, state.version) == ("published", inputs, __version__)
+def _is_published(run: BuildState, needs: Needs, inputs: str) -> bool:
+    repository = run.recipe.repository
+    state = read_recipe_state(needs.store, repository.id) if needs.store is not None else None
+    if state is None or (state.state, state.inputs, state.version) != ("published", inputs, __version__):
+        return False
+    if repository.target != "local":
+        return True
+    # The store does not say in which output folder it was published.
+    names = {repository.place(each.variant.branch).repository for each in run.plan.variants}
+    return all(is_local_repository(needs.local_target / "hub" / "models" / name) for name in names)
 
 
 def _stages(run: BuildState, needs: Needs) -> list[TaskStage]:

@@ -114,6 +114,9 @@ class FleetRun:
     def run(self) -> None:
         """Run everything to its end; however this ends, no lease is left."""
         self.show(self.rows)
+        for name, progress in self._progress.items():
+            if progress.ended_at is not None:
+                self.ended(f"{name}: {progress.row.why}")
         try:
             drive(
                 self._scheduler,
