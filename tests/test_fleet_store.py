@@ -103,6 +103,21 @@ def test_one_run_has_a_recipe_and_another_takes_over_when_it_is_silent(store: St
     assert third.claim(67)
 
 
+def test_a_lease_outlives_an_emptied_store_unless_another_run_was_faster(store: Store) -> None:
+    first, second, third = (Lease(store, REPOSITORY, name, silent_s=60) for name in ("first", "second", "third"))
+    assert second.claim(0)
+    second.release()
+    assert first.claim(0)
+    store.delete(REPOSITORY)
+    first.beat()
+    assert (second.claim(0), second.held_by()) == (False, "first")
+    store.delete(REPOSITORY)
+    assert third.claim(0)
+    with pytest.raises(StateError, match="another run has taken over") as caught:
+        first.beat()
+    assert caught.value.why.endswith(": third")
+
+
 def test_of_several_runs_one_claims(store: Store) -> None:
     leases = [Lease(store, REPOSITORY, str(number)) for number in range(8)]
     with ThreadPoolExecutor(8) as pool:

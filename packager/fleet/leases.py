@@ -56,12 +56,15 @@ class Lease:
         return True
 
     def beat(self) -> None:
-        """Say that the holder lives.
+        """Say that the holder lives; of a store that was emptied, take the lease again.
 
         Raises:
             StateError: another run has taken the lease over.
         """
-        if self._latest() != self._generation:
+        latest = self._latest()
+        if not latest and self.store.create(self._name(self._generation), self.holder.encode()):
+            latest = self._generation
+        if latest != self._generation:
             raise StateError(
                 f"another run has taken over {self.repository}",
                 why=f"it saw no sign of this one for {self.silent_s:.0f} s: {self.held_by()}",
