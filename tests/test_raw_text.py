@@ -279,6 +279,31 @@ def test_a_plan_refuses_what_the_audit_of_the_finished_card_will(tmp_path: Path,
     assert make_plan(recipe_file)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "place"),
+    [
+        ("  title: Demo", "  title: Demo {{ model }}", "card.title"),
+        ("  title: Demo", "  title: Demo\n  system_prompt: '{{ a }}'\n  example_prompt: '{{ b }}'", ""),
+        ("{name: plain,", "{name: 'copy to anna@nas:/srv',", "card.prompt_template.name"),
+        ("  title: Demo", "  title: Demo\n  related_repositories:\n  - {title: see huggingface-cli, url: 'https://a.org'}",
+         "card.related_repositories[0].title"),
+        ("  - branch: main", "  - description: of /home/anna/notes\n    branch: main", "variants[0].description"),
+    ],
+)  # fmt: skip
+def test_a_plan_refuses_words_of_the_recipe_that_the_audit_of_the_finished_card_will(
+    tmp_path: Path, old: str, new: str, place: str
+) -> None:
+    write_files(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(edited((old, new)))
+    recipe_file = RecipeFile.load(tmp_path / "recipe.yaml")
+    if not place:
+        assert make_plan(recipe_file), "the card shows prompts as code"
+        return
+    with pytest.raises(PlanError) as raised:
+        make_plan(recipe_file)
+    assert f"{tmp_path}/recipe.yaml: {place}: " in str(raised.value)
+
+
 def test_a_huge_text_is_read_in_part(tmp_path: Path) -> None:
     write_files(tmp_path)
     (tmp_path / "recipe.yaml").write_text(edited(("  title: Demo", "  footer: footer.md\n  title: Demo")))

@@ -323,10 +323,10 @@ def test_greedy_tokens_of_the_whole_model_are_equal(checked: Checked, monkeypatc
 @pytest.mark.parametrize(
     ("dtype", "times", "status"),
     [
-        (torch.float16, 6.5, "passed"),
+        pytest.param(torch.float16, 6.5, "passed", marks=pytest.mark.slow),
         (torch.float16, 9.5, "failed"),
-        (torch.bfloat16, 2.4, "passed"),
-        (torch.bfloat16, 3.6, "failed"),
+        pytest.param(torch.bfloat16, 2.4, "passed", marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, 3.6, "failed", marks=pytest.mark.slow),
     ],
 )
 def test_a_model_in_whose_dtype_rounding_costs_more_may_differ_more(
@@ -347,12 +347,10 @@ def test_a_model_in_whose_dtype_rounding_costs_more_may_differ_more(
 def test_a_token_within_what_rounding_costs_the_model_is_equal(
     checked: Checked, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    generated = tuple((*made[:-1], (made[-1] + 1) % 128) for made in checked.generated)
-    gap = max(
-        0.01 * number
-        for number in range(1, 400)
-        if checked.equal(generated, allowed=0.01 * number) < sum(map(len, generated))
-    )
+    last = (checked.generated[0][-1] + 1) % 128
+    generated = ((*checked.generated[0][:-1], last), *checked.generated[1:])
+    logits = checked.after([*PROMPTS[0], *checked.generated[0][:-1]]).astype(np.float64)
+    gap = float((logits.max() - logits[last]) / np.sqrt((logits**2).mean()))
     for rounding, equal in ((gap / 4 + 0.01, True), (gap / 4 - 0.01, False)):
         monkeypatch.setattr(verify, "_rounding_error", lambda *_: 1.0)
         monkeypatch.setattr(verify, "tolerance_of_model", lambda *_, rounding=rounding: rounding)

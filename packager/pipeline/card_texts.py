@@ -1,7 +1,9 @@
 """The markdown files that a recipe's card names: read once, checked before a build starts."""
 
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from types import MappingProxyType
+from typing import Any, Final
 
 from packager.card import CardTexts, own_template_problems, texts_of_page, texts_problems
 from packager.card.own_templates import OwnTemplates
@@ -15,6 +17,12 @@ from packager.system.files import open_regular
 _FIELDS = ("header", "footer", "original_card")
 _MAX_BYTES = 4 * MAX_CHARACTERS  # of UTF-8
 _MOST_TEMPLATES = 100
+# Files, and what the card shows as code.
+_NOT_PROSE: Final[Mapping[str, bool | set[str]]] = {
+    **dict.fromkeys((*_FIELDS, "templates", "system_prompt", "example_prompt"), True),
+    "prompt_template": {"template"},
+}
+_PROSE: Final = "- "  # no field stands at the beginning of a line
 
 
 def read_card_texts(recipe_file: RecipeFile) -> CardTexts:
@@ -69,12 +77,38 @@ def card_text_problems(recipe_file: RecipeFile) -> list[str]:
             for problem in words_problems(body)
         ]
     return [
+        *_field_lines(recipe_file),
         *_template_lines(recipe_file),
         *(
             f"{folder / getattr(card, name)}:{problem.line}: card.{name}: {problem.message} ({problem.hint})"
             for name, problem in found
         ),
     ]
+
+
+def _field_lines(recipe_file: RecipeFile) -> list[str]:
+    """Return the problems of the recipe's own words: fields of the card, and the variants' descriptions."""
+    recipe = recipe_file.recipe
+    fields = dict(_words(recipe.card.model_dump(mode="json", exclude=dict(_NOT_PROSE)), "card"))
+    for number, entry in enumerate(recipe.variants):
+        fields[f"variants[{number}].description"] = entry.description or ""
+    return [
+        f"{recipe_file.path}: {name}: {problem.message} ({problem.hint})"
+        for name, text in fields.items()
+        for problem in words_problems(f"{_PROSE}{text}")
+    ]
+
+
+def _words(value: Any, name: str) -> Iterator[tuple[str, str]]:
+    """Yield the texts in a field, with their places in the recipe."""
+    if isinstance(value, str):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, each in value.items():
+            yield from _words(each, f"{name}.{key}")
+    elif isinstance(value, list):
+        for number, each in enumerate(value):
+            yield from _words(each, f"{name}[{number}]")
 
 
 def _template_lines(recipe_file: RecipeFile) -> list[str]:
