@@ -267,7 +267,7 @@ def test_a_service_that_never_answers_is_waited_for_in_words_and_given_up(
     assert store.read("a") is None  # an answer
     service.answers.clear()
     with pytest.raises(MachineError):
-        store.write("a", b"")
+        store.write("b", b"")
     assert len(lines) == 2
     service.answers.set()
 
@@ -315,10 +315,19 @@ def test_a_write_that_was_given_up_never_comes_after_a_newer_one(
     store.write("other", b"")
     may_end.set()
     ended.wait()
-    while store._being_written:
+    while store._given_up[store._path("state")].is_set():
         time.sleep(0.001)
     store.write("state", b"published")
     assert store.read("state") == b"published"
+
+
+def test_writes_of_one_name_may_be_under_way_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, both = Service.pipe_file, threading.Barrier(2)
+    store = open_store(f"service://{tmp_path.name}")
+    monkeypatch.setattr(Service, "pipe_file", lambda *given: (both.wait(10), write(*given)))
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda data: store.write("a", data), (b"1", b"2")))
+    assert store.read("a") in (b"1", b"2")
 
 
 @pytest.mark.parametrize("question", [lambda store: store.names("a"), lambda store: store.delete("a")])

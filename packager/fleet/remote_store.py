@@ -4,6 +4,7 @@ s3fs 2026.9 tries a request five times, and botocore below it each of these five
 connections and never answers keeps it for six minutes. So every question about little has a limit here.
 """
 
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -37,7 +38,7 @@ class RemoteStore:
 
     def __init__(self, url: str, log: Callable[[str], None] = lambda _: None) -> None:
         self.url, self._log, self._silent, self._paused_until = url, log, False, 0.0
-        self._being_written: set[str] = set()
+        self._given_up: dict[str, threading.Event] = {}  # writes, by path; an event is set until its write ends
         self._files, self._root = self._open()
 
     def _open(self) -> tuple[Any, str]:
@@ -118,17 +119,22 @@ class RemoteStore:
 
     def _write_in_order(self, path: str, data: bytes) -> None:
         """Write an object unless an older write, which nobody waits for any more, might come after this one."""
+        under_way = threading.Event()
 
         def write() -> None:
-            self._being_written.add(path)
+            under_way.set()
             try:
                 self._files.pipe_file(path, data)
             finally:
-                self._being_written.discard(path)
+                under_way.clear()
 
-        if path in self._being_written:
+        if path in self._given_up and self._given_up[path].is_set():
             raise self._no_answer("an earlier write of it has not ended yet")
-        self._ask(write)
+        try:
+            self._ask(write)
+        finally:
+            if under_way.is_set():
+                self._given_up[path] = under_way
 
     def create(self, name: str, data: bytes) -> bool:
         """Write an object unless there is one of this name; return whether it was written.
