@@ -12,6 +12,7 @@ triton = pytest.importorskip("triton", reason="Triton is not made for this syste
 import triton.language as tl  # noqa: E402
 
 from packager.quantize.gptq import triton_kernels as kernels  # noqa: E402 - imports Triton
+from tests.kernel_devices import KERNEL_DEVICES, kernel_device  # noqa: E402
 
 # The interpreter computes with numpy, which warns of infinity minus infinity.
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
@@ -20,15 +21,9 @@ BLOCK = 1024
 OFF = (-2, -1, 0, 1, 2)
 
 
-@pytest.fixture(
-    params=[pytest.param("cpu", marks=pytest.mark.interpreter), pytest.param("cuda", marks=pytest.mark.gpu)]
-)
+@pytest.fixture(params=KERNEL_DEVICES)
 def device(request: pytest.FixtureRequest) -> torch.device:
-    if request.param == "cuda":
-        assert torch.cuda.is_available(), "this test needs a CUDA GPU"
-    elif not triton.knobs.runtime.interpret:
-        pytest.skip("kernels take CPU tensors in the interpreter only, which -m gpu leaves out")
-    return torch.device(request.param)
+    return kernel_device(request.param)
 
 
 @triton.jit

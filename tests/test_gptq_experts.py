@@ -19,6 +19,7 @@ from packager.quantize.gptq.solve import Solution, solve
 from packager.quantize.gptq.torch_ops import TorchOps
 from packager.variant import ActOrder
 from tests.gptq_reference import TIE, assert_agrees
+from tests.kernel_devices import KERNEL_DEVICES, kernel_device
 from tests.samples import sampled
 
 CPU = torch.device("cpu")
@@ -274,15 +275,9 @@ class InterpretedOps(TritonOps):
         return TorchOps().add_product(total, a, b, alpha)
 
 
-@pytest.fixture(
-    params=[pytest.param("cpu", marks=pytest.mark.interpreter), pytest.param("cuda", marks=pytest.mark.gpu)]
-)
+@pytest.fixture(params=KERNEL_DEVICES)
 def device(request: pytest.FixtureRequest) -> torch.device:
-    if request.param == "cuda":
-        assert torch.cuda.is_available(), "this test needs a CUDA GPU"
-    elif not triton.knobs.runtime.interpret:
-        pytest.skip("kernels take CPU tensors in the interpreter only, which -m gpu leaves out")
-    return torch.device(request.param)
+    return kernel_device(request.param)
 
 
 def on(device: torch.device, inputs: list[RoutedInputs], dtype: torch.dtype) -> list[RoutedInputs]:

@@ -19,6 +19,7 @@ from packager.quantize.gptq.tensor_ops import Grids, RoundedColumns, TensorOps
 from packager.quantize.gptq.torch_ops import TorchOps
 from packager.variant import ActOrder, ScaleSearch
 from tests.gptq_reference import assert_agrees
+from tests.kernel_devices import KERNEL_DEVICES, kernel_device
 from tests.test_gptq import hessian, inputs
 
 triton = pytest.importorskip("triton", reason="Triton is not made for this system")
@@ -31,13 +32,9 @@ TORCH = TorchOps()
 NATIVE = pytest.mark.gpu
 
 
-@pytest.fixture(params=[pytest.param("cpu", marks=pytest.mark.interpreter), pytest.param("cuda", marks=NATIVE)])
+@pytest.fixture(params=KERNEL_DEVICES)
 def device(request: pytest.FixtureRequest) -> torch.device:
-    if request.param == "cuda":
-        assert torch.cuda.is_available(), "this test needs a CUDA GPU"
-    elif not triton.knobs.runtime.interpret:
-        pytest.skip("kernels take CPU tensors in the interpreter only, which -m gpu leaves out")
-    return torch.device(request.param)
+    return kernel_device(request.param)
 
 
 class InterpretedOps(TritonOps):
