@@ -362,6 +362,17 @@ def test_the_plan_counts_the_fp16_models_activations() -> None:
     assert min(way.device_bytes for way in ways(corrected=True)) < 9.5e9
 
 
+def test_the_plan_counts_the_targets_while_the_widest_linear_is_solved() -> None:
+    """They are float32; of a 13B shape those of `down_proj`, which takes most by its Hessian."""
+    architecture = make_plan(RecipeFile.load(RECIPES / "llama-2-13b-chat.yaml")).architecture
+
+    def peak(*, corrected: bool) -> int:
+        """Of so few tokens that solving takes most."""
+        return memory._Sizes(architecture, "cuda", 16, corrected=corrected).peak(0, 16, 16, inputs_held=0)
+
+    assert peak(corrected=True) - peak(corrected=False) == 4 * 13824 * 5120
+
+
 @pytest.mark.parametrize("suspended", range(4))
 def test_what_a_correction_takes_beside_a_variant_is_planned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suspended: int
