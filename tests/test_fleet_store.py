@@ -307,7 +307,8 @@ def test_a_write_that_was_given_up_never_comes_after_a_newer_one(
     monkeypatch.setattr(remote_store, "_PAUSE_S", 0.0)
     store = RemoteStore(f"service://{tmp_path.name}")
     monkeypatch.setattr(Service, "pipe_file", slow)
-    for data, why in ((b"building", "no answer within"), (b"published", "an earlier write of it has not ended")):
+    given_up, held_back = "no answer within", "an earlier write of the same file has not ended"
+    for data, why in ((b"building", given_up), (b"published", held_back)):
         with pytest.raises(MachineError, match="the store does not answer") as caught:
             store.write("state", data)
         assert why in caught.value.why
@@ -384,7 +385,7 @@ def test_an_error_names_the_store_and_no_password(tmp_path: Path, monkeypatch: p
      "file://"],
 )  # fmt: skip
 def test_a_url_with_a_character_too_few_is_no_folder_of_this_machine(url: str) -> None:
-    with pytest.raises(UsageError, match="neither a URL nor surely a folder"):
+    with pytest.raises(UsageError, match="the address of the store is not clear"):
         open_store(url)
     if "://" not in url:
         open_store(f"./{url}")

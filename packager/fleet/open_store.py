@@ -33,7 +33,7 @@ def open_store(url: str, log: Callable[[str], None] = lambda _: None) -> Store:
     is_url = bool(scheme and separator)
     if not url.strip() or (not is_url and _MISTYPED.match(url)) or (scheme == "file" and not rest.startswith("/")):
         raise UsageError(
-            "the store is neither a URL nor surely a folder",
+            "the address of the store is not clear",
             where=shown_address(url) or "--store",
             why="as a folder it would lie in the working folder, and each machine would have one of its own"
             if url.strip()

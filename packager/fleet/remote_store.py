@@ -129,7 +129,7 @@ class RemoteStore:
                 under_way.clear()
 
         if path in self._given_up and self._given_up[path].is_set():
-            raise self._no_answer("an earlier write of it has not ended yet")
+            raise self._no_answer("an earlier write of the same file has not ended yet")
         try:
             self._ask(write)
         finally:
