@@ -32,6 +32,7 @@ from packager.system.files import write_atomic
 
 SPEED = Path(__file__).parent / "speed.py"
 KINDS = {"four": "four permutations, shared", "one": "one permutation, its rows shared"}
+_SOLVING = ("targets", "factor", "columns")  # see peers/rank_times.py
 _CHUNK = 1 << 24
 _POLL_S = 0.02
 
@@ -205,7 +206,7 @@ def show(runs: Sequence[GpuRun], killed: KilledRun | None, *, same: bool) -> Non
 
 def _cells(each: GpuRun, first: GpuRun) -> list[str]:
     result = each.result
-    copying, solving, reading = (_share(result, kinds) for kinds in (("copy",), ("solve", "solve experts"), ("read",)))
+    copying, solving, reading = (_share(result, kinds) for kinds in (("copy",), _SOLVING, ("read",)))
     peaks = " ".join(f"{peak / 1e9:.1f}" for peak in result.get("each_gpu_allocated_bytes", []))
     return [
         str(each.gpus), f"{each.seconds:.1f}", f"{first.seconds / each.seconds:.2f}", f"{each.layer_seconds:.3f}",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from packager.quantize import memory
+from packager.quantize import solving_memory
 from packager.quantize.gptq import cholesky as cholesky_module
 from packager.quantize.gptq import hessian as hessian_module
 from packager.quantize.gptq.cholesky import DAMPED_PANEL, SPLIT_PANEL, SPLIT_WIDTH, split_cholesky, split_solve
@@ -200,7 +200,7 @@ def test_losses_are_those_with_the_library_s_factor(device, outliers, monkeypatc
 def test_what_is_beside_the_matrix_takes_no_more_than_it():
     """24 bytes for each row and column of a panel; H, the matrix and these are within what a plan counts."""
     assert 24 * max(SPLIT_PANEL, DAMPED_PANEL) <= 4 * SPLIT_WIDTH
-    assert memory._SQUARES >= 3
+    assert solving_memory._FACTORING_SQUARES >= 3
 
 
 def with_mean(n: int, *, tokens: int) -> Tensor:
@@ -306,4 +306,4 @@ def test_a_wide_hessian_is_split_on_cuda_within_the_planned_memory():
     beside = torch.cuda.max_memory_allocated() - before
     assert bool(factor.succeeded)
     assert torch.equal(factor.U, expected)
-    assert beside <= (memory._SQUARES - 1) * 4 * n**2
+    assert beside <= (solving_memory._FACTORING_SQUARES - 1) * 4 * n**2

@@ -31,8 +31,9 @@ from packager.quantize.gptq.hessian import Hessian, factorize
 from packager.quantize.gptq.order import ColumnOrder
 from packager.quantize.gptq.solve import solve
 from packager.quantize.job import BlockDone, Event, QuantizeJob
-from packager.quantize.memory import HOST_LIMIT_BYTES, USABLE, SweepPlan, Workload, sweep_ways
+from packager.quantize.memory import HOST_LIMIT_BYTES, USABLE, SweepPlan, sweep_ways
 from packager.quantize.sweep import quantize
+from packager.quantize.workload import Workload
 from packager.receipt import LinearRecord
 from packager.variant import Variant
 from tests.gptq_reference import assert_agrees

@@ -38,7 +38,8 @@ from packager.pipeline.variant_plan import variant_description
 from packager.prove.audit.files import MOST_RECORD_VALUES
 from packager.prove.evaluation_memory import evaluation_memory
 from packager.prove.loaders import LOADERS
-from packager.quantize.memory import HOST_LIMIT_BYTES, USABLE, Workload, choose_sweep
+from packager.quantize.memory import HOST_LIMIT_BYTES, USABLE, choose_sweep
+from packager.quantize.workload import Workload
 from packager.receipt import ExpertLinearRecord
 from packager.recipe import Recipe
 from packager.recipe.file import RecipeFile
@@ -145,10 +146,7 @@ def test_the_planned_ways_are_those_chosen_for_gpus_of_those_sizes(
     tmp_path: Path, name: str, true_sequential: bool
 ) -> None:
     plan = plan_of(tmp_path, defaults={"true_sequential": true_sequential})
-    work = Workload(
-        architecture=plan.architecture, num_samples=128, seq_len=2048, num_variants=4,
-        true_sequential=true_sequential, all_at_once=not true_sequential,
-    )  # fmt: skip
+    work = Workload.of(plan.architecture, 128, 2048, [each.variant for each in plan.variants])
     way = getattr(plan.memory, name)
     assert choose_sweep(work, "cuda", device_limit=way.device_bytes, host_limit=HOST_LIMIT_BYTES) == way
 

@@ -16,6 +16,7 @@ from packager.quantize import memory as memory_module
 from packager.quantize.gptq.solve import Solution
 from packager.quantize.job import Event, QuantizeJob
 from packager.quantize.sweep import quantize
+from packager.quantize.workload import Workload
 from packager.receipt import ExpertLinearRecord, LinearRecord
 from packager.variant import Variant
 from tests.samples import sampled
@@ -174,7 +175,7 @@ def assert_decisions(found: Solution, weight: Tensor, H: Tensor, *, act_order: s
 
 def four_at_a_time(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(memory_module, "MOST_PARTS", 1)
-    patch.setitem(memory_module._SLICE_BYTES, "cpu", 4 * memory_module._solving_bytes(HIDDEN, 2 * INNER))
+    patch.setitem(memory_module._SLICE_BYTES, "cpu", 4 * (16 * HIDDEN**2 + 16 * HIDDEN * 2 * INNER))
 
 
 WAYS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
@@ -210,7 +211,8 @@ def test_the_plan_holds_the_inputs_of_experts_that_wait(tmp_path):
     architecture = save_base(tmp_path / "model").architecture
     (down,) = (group for group in architecture.group_sizes if group.experts and not group.experts.per_token)
     (first,) = (group for group in architecture.group_sizes if group.experts and group.experts.per_token)
-    sizes = memory_module._Sizes(architecture, "cuda", 32)
+    work = Workload(architecture=architecture, num_samples=8, seq_len=32, num_variants=1)
+    sizes = memory_module._Sizes(work, "cuda")
     assert sizes._routed_inputs(first) == HIDDEN * 2 + TOP_K * 8
     assert sizes._routed_inputs(down) == TOP_K * INNER * 2 + TOP_K * 8
     assert down.held_bytes - first.held_bytes == TOP_K * INNER * 2

@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from packager.quantize.memory import Workload, sweep_ways
+from packager.quantize.memory import sweep_ways
+from packager.quantize.workload import Workload
 from tests.sources import open_folder
 from tests.tiny_models import save_model
 

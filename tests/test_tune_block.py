@@ -22,12 +22,13 @@ from packager.quantize.gptq.hessian import factorize
 from packager.quantize.gptq.order import ColumnOrder
 from packager.quantize.gptq.solve import Solution, solve
 from packager.quantize.gptq.tuned_linear import TunedLinear
-from packager.quantize.memory import SweepPlan, Workload, sweep_ways
+from packager.quantize.memory import SweepPlan, sweep_ways
 from packager.quantize.ranks import alone
 from packager.quantize.repeatable_attention import RepeatableAttention
 from packager.quantize.suspended_forward import Reference, linears_of, run_forward
 from packager.quantize.tune_block import TunedBlock, Tuning, tune_block
 from packager.quantize.tuning_schedule import TuningSchedule
+from packager.quantize.workload import Workload
 from packager.variant import Variant
 from tests.test_block import CPU, BlockCase, records_of
 from tests.test_quantize import files, run, source_of

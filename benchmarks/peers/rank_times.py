@@ -2,8 +2,12 @@
 
 `copy` is the time of copies from other devices: sums of Hessians, and weights that another device solved. `reduce` is
 the time from the end of a device's own sums until its part in the Hessian is done: the copies, the additions, and the
-wait for the slowest device. `solve` is the time of factoring and rounding, while the other devices wait. `read` is the
-time of reading a block's weights for a device, beside its work: a run cannot be faster.
+wait for the slowest device. `targets`, `factor` and `columns` are the times of making corrected targets, of factoring
+and of rounding, while the other devices wait. `read` is the time of reading a block's weights for a device, beside its
+work: a run cannot be faster.
+
+A function that is measured gets its arguments from the one that measures it, which keeps them until it returns. So none
+that frees an argument is measured: the peak of memory would not be that of a build.
 """
 
 from __future__ import annotations
@@ -19,8 +23,9 @@ from unittest.mock import patch
 _WRAPPED = {
     "copy": ("packager.quantize.ranks", "SweepRank", "pull"),
     "reduce": ("packager.quantize.ranks", "SweepRank", "hessian"),
-    "solve": ("packager.quantize.block", "_BlockSolver", "_solve_linears"),
-    "solve experts": ("packager.quantize.block", "_BlockSolver", "_solve_slice"),
+    "targets": ("packager.quantize.block", "_BlockSolver", "_targets"),
+    "factor": ("packager.quantize.block", "_BlockSolver", "_factor"),
+    "columns": ("packager.quantize.block", "_BlockSolver", "_solution"),
     "read": ("packager.model.decoder", "Decoder", "_block_weights"),
 }
 _OF_THE_HOST = ("read",)

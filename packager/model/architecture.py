@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cache, cached_property
-from typing import NamedTuple
 
 from packager.errors import PlanError
 from packager.model.config_values import READ_KEYS, ConfigReader, text_part
-from packager.model.lock import LockedCache, LockedExperts, LockedGroup, LockedModel, LockedTensors
+from packager.model.group_widths import GroupWidths
+from packager.model.lock import LockedCache, LockedGroup, LockedModel, LockedTensors
 from packager.model.name_patterns import names_of, read_numbers, write_numbers
 from packager.model.safetensors_file import DTYPE_BYTES, TensorInfo
 from packager.model.tensor_tree import LinearNames, TensorTree, tensor_tree
@@ -39,16 +39,6 @@ class LinearSpec:
     out_features: int
     bias: bool
     parameter: str = ""
-
-
-class GroupWidths(NamedTuple):
-    """What the memory of calibrating a group depends on, see `LockedGroup`."""
-
-    in_features: int
-    out_features: int
-    held_bytes: int
-    held_bytes_per_pair: int
-    experts: LockedExperts | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,12 +218,7 @@ class Architecture:
     def group_sizes(self) -> tuple[GroupWidths, ...]:
         """The different sizes of groups; a block of 128 experts has many groups of few sizes."""
         groups = (group for kind in self.kinds for group in kind.groups)
-        return tuple(
-            dict.fromkeys(
-                GroupWidths(g.in_features, g.out_features, g.held_bytes, g.held_bytes_per_pair, g.experts)
-                for g in groups
-            )
-        )
+        return tuple(dict.fromkeys(map(GroupWidths.of, groups)))
 
     @property
     def group_shapes(self) -> tuple[tuple[int, int, int], ...]:

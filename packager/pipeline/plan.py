@@ -26,7 +26,8 @@ from packager.pipeline.variant_plan import (
 )
 from packager.prove.evaluation_memory import EvaluationMemory, evaluation_memory
 from packager.quantize.engines import engine_problems
-from packager.quantize.memory import HOST_LIMIT_BYTES, SweepPlan, Workload, sweep_ways
+from packager.quantize.memory import HOST_LIMIT_BYTES, SweepPlan, sweep_ways
+from packager.quantize.workload import Workload
 from packager.receipt import CONFIG, TOKENIZER_MODEL
 from packager.recipe import Recipe
 from packager.recipe.file import RecipeFile
@@ -271,16 +272,10 @@ def _memory(
         return None
     # What is mixed is quantized when the bits are chosen, after all else.
     mixed = sum(variant.mix is not None for variant in native)
-    work = Workload(
-        architecture=architecture,
-        num_samples=recipe.calibration.num_samples,
-        seq_len=recipe.calibration.seq_len,
+    work = Workload.of(
+        architecture, recipe.calibration.num_samples, recipe.calibration.seq_len, native,
         num_variants=max(len(native) - mixed + measured, mixed),
-        true_sequential=any(variant.true_sequential for variant in native),
-        all_at_once=not all(variant.true_sequential for variant in native),
-        corrected=any(variant.target_correction > 0 for variant in native),
-        tuned=any(variant.effort == "high" for variant in native),
-    )
+    )  # fmt: skip
     ways = list(sweep_ways(work, "cuda"))
     usual = [way for way in ways if way.host_bytes <= HOST_LIMIT_BYTES] or ways
     fastest = ways[0]

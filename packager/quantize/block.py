@@ -1,6 +1,6 @@
 """One block of one variant: calibrate, solve and pack its linears, or restore them from their packed tensors."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -11,7 +11,6 @@ from packager.errors import QuantizeError
 from packager.model.architecture import LinearSpec
 from packager.model.contexts import Context
 from packager.model.experts import Experts, experts_of
-from packager.model.packing import pack, pack_zeros
 from packager.model.traced_forward import Group
 from packager.quantize.activations import Activations
 from packager.quantize.gptq.choose_ops import ops_for
@@ -23,6 +22,7 @@ from packager.quantize.gptq.side_by_side import solved_together
 from packager.quantize.gptq.solve import Solution, solve
 from packager.quantize.gptq.target_correction import InputShift, corrected_targets
 from packager.quantize.memory import expert_slices
+from packager.quantize.pack_solution import packed_experts, packed_linear
 from packager.quantize.ranks import Owned, SweepRank
 from packager.quantize.solved_linears import SolvedLinears, start_copying
 from packager.quantize.suspended_forward import Reference, linears_of, run_forward, sweep_parallel, sweep_sequential
@@ -167,12 +167,8 @@ class _BlockSolver:
         cuts = solved_together(widths) if shift is None else [slice(len(group))]
         owners = {(number, place): (number + place) % rank.size for place in range(len(cuts))}
         mine = {(number, place): group[cut] for place, cut in enumerate(cuts) if owners[number, place] == rank.number}
-        tokens = int(rank.total([hessian.num_tokens]))
         try:
-            # H and S are not kept here, so that each is freed when it is used.
-            parts = self._solve_linears(
-                mine, rank.hessian(hessian, owners.values()), rank.shift(shift, owners.values()), tokens
-            )
+            parts = self._solve_linears(mine, hessian, shift, owners.values())
         except QuantizeError as error:
             error.where = f"{self._job.variant.branch}, {', '.join(self._job.names[module] for module in group)}"
             raise
@@ -187,9 +183,25 @@ class _BlockSolver:
                 self._keep(self._job.names[module], part, self._linears[module].bias)
 
     def _solve_linears(
-        self, mine: Mapping[tuple[int, int], Group], H: Tensor | None, S: Tensor | None, tokens: int
+        self, mine: Mapping[tuple[int, int], Group], hessian: Hessian, shift: InputShift | None, owners: Collection[int]
     ) -> dict[str, Solution]:
-        """Solve a group where H is known: linears side by side, by their position; return the solution of each."""
+        """Solve a group on the ranks that own a part of it: linears side by side, by their position.
+
+        H and S are variables of this function, so that each is freed when it is used: an argument lives as long as the
+        caller keeps it.
+
+        Args:
+            mine: the linears that this rank solves.
+            hessian: of this rank's inputs; it is empty afterwards.
+            shift: likewise.
+            owners: the ranks that solve a part.
+
+        Returns:
+            The solution of each linear.
+        """
+        rank = self._job.rank
+        tokens = int(rank.total([hessian.num_tokens]))
+        H, S = rank.hessian(hessian, owners), rank.shift(shift, owners)
         if H is None:
             return {}
         found: dict[str, Solution] = {}
@@ -285,7 +297,8 @@ class _BlockSolver:
         solution.dequantize_into(weight, self._ops)
         parts = solution.by_linear([linear.out_features for linear in linears[0]])
         for part, specs in zip(parts, zip(*linears, strict=True), strict=True):
-            self._keep_experts([spec.name for spec in specs], part)
+            names = [spec.name for spec in specs]
+            self._tensors |= packed_experts(names, part, self._job.variant.bits_of(names[0]))
         calibrated = zip(tokens, rhos, factor.damp_percents, strict=True)
         each = [(spec.name, *known) for specs, known in zip(linears, calibrated, strict=True) for spec in specs]
         self._add(
@@ -375,26 +388,4 @@ class _BlockSolver:
             self._report(self._records[group.position])
 
     def _keep(self, name: str, solution: Solution, bias: Tensor | None) -> None:
-        bits = self._job.variant.bits_of(name)
-        self._tensors |= {
-            f"{name}.qweight": pack(solution.q, bits),
-            f"{name}.qzeros": pack_zeros(solution.zeros, bits),
-            f"{name}.scales": solution.scales.contiguous(),
-            f"{name}.g_idx": solution.g_idx.clone(),
-        }
-        if bias is not None:
-            self._tensors[f"{name}.bias"] = bias.to(torch.float16)
-
-    def _keep_experts(self, names: Sequence[str], solution: Solution) -> None:
-        """Pack the linears of several experts, which have one shape, side by side."""
-        bits, count = self._job.variant.bits_of(names[0]), len(names)
-        q = solution.q.transpose(0, 1).reshape(solution.q.shape[1], -1)
-        zeros = solution.zeros.transpose(0, 1).reshape(solution.zeros.shape[1], -1)
-        qweights, qzeros = pack(q, bits).chunk(count, dim=1), pack_zeros(zeros, bits).chunk(count, dim=1)
-        for expert, name in enumerate(names):
-            self._tensors |= {
-                f"{name}.qweight": qweights[expert].contiguous(),
-                f"{name}.qzeros": qzeros[expert].contiguous(),
-                f"{name}.scales": solution.scales[expert].contiguous(),
-                f"{name}.g_idx": solution.g_idx[expert].clone(),
-            }
+        self._tensors |= packed_linear(name, solution, self._job.variant.bits_of(name), bias)

@@ -7,7 +7,8 @@ import torch
 from packager.model.batches import rows_per_batch
 from packager.quantize.gptq.row_parts import num_parts
 from packager.quantize.job import DeviceShare, QuantizeJob
-from packager.quantize.memory import HOST_LIMIT_BYTES, USABLE, SweepPlan, Workload, choose_sweep
+from packager.quantize.memory import HOST_LIMIT_BYTES, USABLE, SweepPlan, choose_sweep
+from packager.quantize.workload import Workload
 from packager.system.host_memory import available_bytes
 from packager.variant import Variant
 
@@ -38,17 +39,8 @@ def sweep_plan(job: QuantizeJob, variants: Sequence[Variant], devices: Sequence[
     Raises:
         MachineError: it does not fit into memory.
     """
-    work = Workload(
-        architecture=job.source.architecture,
-        num_samples=job.rows.ids.shape[0],
-        seq_len=job.rows.ids.shape[1],
-        num_variants=len(variants),
-        true_sequential=any(variant.true_sequential for variant in variants),
-        all_at_once=not all(variant.true_sequential for variant in variants),
-        corrected=any(variant.target_correction > 0 for variant in variants),
-        ranks=len(devices),
-        tuned=any(variant.effort == "high" for variant in variants),
-    )
+    num_samples, seq_len = job.rows.ids.shape
+    work = Workload.of(job.source.architecture, num_samples, seq_len, variants, ranks=len(devices))
     if devices[0].type == "cpu":
         return choose_sweep(work, "cpu", device_limit=None, host_limit=None)
     limit = job.device_limit or min(torch.cuda.mem_get_info(device)[0] for device in devices)

@@ -3,6 +3,7 @@
 The choice changes time and memory, never a byte of the result.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +11,6 @@ from itertools import product
 from typing import Literal
 
 from packager.errors import MachineError
-from packager.model.architecture import Architecture, GroupWidths
 from packager.model.batches import (
     BLOCK_READERS,
     ELEMENT_BYTES,
@@ -19,12 +19,15 @@ from packager.model.batches import (
     WEIGHT_COPIES,
     converted_bytes,
     embedding_bytes,
-    rows_per_batch,
     running_bytes,
 )
+from packager.model.group_widths import GroupWidths
 from packager.quantize.gptq.panels import panels_bytes, shift_rows
-from packager.quantize.gptq.row_parts import MOST_PARTS, batches_of_rank, most_sums, parts_of_rank
+from packager.quantize.gptq.row_parts import MOST_PARTS
+from packager.quantize.gptq.side_by_side import solved_together
+from packager.quantize.solving_memory import solving_bytes
 from packager.quantize.tuning_memory import tuning_bytes
+from packager.quantize.workload import Workload
 from packager.system.text import format_bytes
 
 Placement = Literal["device", "host", "disk"]
@@ -34,16 +37,12 @@ HOST_LIMIT_BYTES = 16 * 10**9
 # Usable fraction of free GPU memory (the rest: cuBLAS workspaces, allocator fragmentation).
 USABLE = 0.92
 
-# Float32 matrices [in_features, in_features] of the widest linear that exist at once while its Hessian is factored.
-_SQUARES = 4
-# Bytes per weight that exist at once while a group of linears is solved: the weights in solving order, their
-# dequantization errors, the integers twice, and float32 products. A refinement frees the weights, and has the errors of
-# the column loop and a product of their size.
-_SOLVE_BYTES = 16
 # Experts are solved in slices: in enough for every device that shares the rows, and of as many experts as fit these
-# bytes. Products of other numbers of experts may round in other ways, so a slice depends on shapes alone, never on the
-# memory that is free or the number of devices.
+# bytes; an expert counts for four float32 matrices [in_features, in_features] and 16 bytes per weight. Products of
+# other numbers of experts may round in other ways, so a slice depends on shapes alone: never on the free memory, the
+# number of devices, or what solving is found to take (`solving_bytes`).
 _SLICE_BYTES = {"cpu": 10**9, "cuda": 6 * 10**9}
+_SLICE_SQUARES, _SLICE_WEIGHT_BYTES = 4, 16
 # Batches on the device (prefetched, in use, or being stored) when activations are stored elsewhere.
 _STAGED_BATCHES = 4
 
@@ -71,47 +70,6 @@ class SweepPlan:
     weights: Literal["device", "host"] = "device"
     device_bytes: int
     host_bytes: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Workload:
-    """The sizes that determine the memory of quantizing.
-
-    Attributes:
-        architecture: of the base model.
-        num_samples: calibration rows.
-        seq_len: tokens per row.
-        num_variants: variants.
-        true_sequential: whether any variant calibrates linears on the outputs of the quantized ones before them.
-        all_at_once: whether any variant calibrates all linears of a block at once.
-        corrected: whether any variant has a target correction, and so the fp16 model's activations beside its own.
-        ranks: devices that share the rows.
-        tuned: whether blocks of any variant are tuned (effort: high).
-    """
-
-    architecture: Architecture
-    num_samples: int
-    seq_len: int
-    num_variants: int
-    true_sequential: bool = True
-    all_at_once: bool = False
-    corrected: bool = False
-    ranks: int = 1
-    tuned: bool = False
-
-    def rows_per_batch(self, device_type: str) -> int:
-        """Return how many rows make a batch."""
-        return rows_per_batch(self.seq_len, device_type)
-
-    def shares(self, device_type: str) -> list[range]:
-        """Return the batches of each device that shares the rows."""
-        batches = -(-self.num_samples // self.rows_per_batch(device_type))
-        return [batches_of_rank(rank, self.ranks, batches) for rank in range(self.ranks)]
-
-    def most_sums(self, device_type: str) -> int:
-        """Return how many partial sums of a Hessian a device holds at most."""
-        batches = -(-self.num_samples // self.rows_per_batch(device_type))
-        return max(most_sums(parts_of_rank(rank, self.ranks, batches)) for rank in range(self.ranks))
 
 
 def choose_sweep(work: Workload, device_type: str, *, device_limit: int | None, host_limit: int | None) -> SweepPlan:
@@ -154,10 +112,7 @@ def sweep_ways(work: Workload, device_type: str) -> Iterator[SweepPlan]:
     weights: tuple[Literal["device", "host"], ...] = ("device", "host")
     if device_type == "cpu":
         placements, suspended, weights = (("device",),), (batches,), ("device",)
-    sizes = _Sizes(
-        work.architecture, device_type, work.seq_len, sums=work.most_sums(device_type), all_at_once=work.all_at_once,
-        corrected=work.corrected,
-    )  # fmt: skip
+    sizes = _Sizes(work, device_type)
     for wheres, waiting in product(placements, weights):
         for kept, where, count in product(suspended, wheres, counts):
             yield _way(
@@ -227,60 +182,50 @@ def expert_slices(in_features: int, out_features: int, num_experts: int, device_
         num_experts: of the layer.
         device_type: "cpu" or "cuda".
     """
-    fitting = _SLICE_BYTES[device_type] // _solving_bytes(in_features, out_features)
+    one = _SLICE_SQUARES * 4 * in_features**2 + _SLICE_WEIGHT_BYTES * in_features * out_features
+    fitting = _SLICE_BYTES[device_type] // one
     at_once = max(1, min(-(-num_experts // MOST_PARTS), fitting))
     return [range(begin, min(begin + at_once, num_experts)) for begin in range(0, num_experts, at_once)]
-
-
-def _solving_bytes(in_features: int, out_features: int) -> int:
-    """Return what solving a group of linears takes: its Hessian while it is factored, and the columns."""
-    return _SQUARES * 4 * in_features**2 + _SOLVE_BYTES * in_features * out_features
 
 
 class _Sizes:
     """The parts of the estimate: see docs/reference/engine.md, "Memory", and gptq/hessian.py, gptq/solve.py, worker.py.
 
     Args:
-        architecture: of the base model.
+        work: what is to be quantized.
         device_type: "cpu" or "cuda", where blocks are computed.
-        seq_len: tokens per row.
-        sums: partial sums of a Hessian that a device holds at most.
-        all_at_once: see `Workload`.
-        corrected: likewise.
     """
 
-    def __init__(
-        self,
-        architecture: Architecture,
-        device_type: str,
-        seq_len: int,
-        *,
-        sums: int = 1,
-        all_at_once: bool = False,
-        corrected: bool = False,
-    ) -> None:
-        self._architecture, self._seq_len, self._sums, self._all_at_once = architecture, seq_len, sums, all_at_once
-        self._corrected = corrected
+    def __init__(self, work: Workload, device_type: str) -> None:
+        self._work, self._architecture, self._seq_len = work, work.architecture, work.seq_len
+        self._sums = work.most_sums(device_type)
         self._device_type, self._element = device_type, ELEMENT_BYTES[device_type]
-        self._embedding = embedding_bytes(architecture, device_type) + converted_bytes(architecture, device_type)
+        self._embedding = embedding_bytes(work.architecture, device_type) + converted_bytes(
+            work.architecture, device_type
+        )
 
     @cached_property
     def weights(self) -> int:
         """Bytes of the largest block's weights."""
         return self._element * max(kind.weight_elements for kind in self._architecture.kinds)
 
+    @cached_property
+    def packed(self) -> int:
+        """Bytes of the largest block when it is packed."""
+        most = max(kind.weight_elements for kind in self._architecture.kinds)
+        return math.ceil(most * self._work.packed_bits / 8)
+
     def host(self, num_variants: int) -> int:
         """Return host bytes without activations: blocks being read, packed blocks being written, an embedding."""
-        blocks = 2 * self.weights + num_variants * self.weights // 2 + BLOCK_READERS * STAGED_BYTES
+        blocks = 2 * self.weights + num_variants * self.packed + BLOCK_READERS * STAGED_BYTES
         return blocks + 2 * self._architecture.largest_tensor_bytes
 
     def resident(self, waiting: Literal["device", "host"]) -> int:
-        """Return the device bytes of a block's weights and packed tensors, which are there until it is finished.
+        """Return the device bytes of a block's weights and of two packed blocks, one being copied to the host.
 
-        Weights that wait on the host leave the block's own and two packed blocks, one being copied to the host, each of
-        at most half their bytes.
+        Weights that wait on the host leave the block's own.
         """
-        return (WEIGHT_COPIES if waiting == "device" else 2) * self.weights
+        return (WEIGHT_COPIES if waiting == "device" else 1) * self.weights + 2 * self.packed
 
     def embedding(self, waiting: Literal["device", "host"]) -> int:
         """Return the device bytes of the embeddings, and of the first block, which is read beside."""
@@ -302,12 +247,9 @@ class _Sizes:
             suspended = suspended_tokens * max(0, self._suspended(group) - inputs_held)
             square = 4 * group.in_features**2
             sums = self._sums * panels_bytes(group.in_features)
-            solving = _solving_bytes(group.in_features, group.out_features)
-            if self._corrected and group.experts is None:
+            solving = self._solving(group)
+            if self._work.corrected and group.experts is None:
                 sums += self._sums * 4 * shift_rows(group.in_features, group.out_features) * group.in_features
-                # The targets, in float32. While they are made, S, the damped Hessian, its factor, and on a CPU the
-                # solution and another copy of the factor take no more than solving does later.
-                solving += 4 * group.in_features * group.out_features
             if group.experts is None:
                 peaks.append(suspended + max(solving, sums + running))
             else:
@@ -320,6 +262,21 @@ class _Sizes:
                 peaks.append(suspended + max(square + len(slices[0]) * solving, sums + running))
         return max(*peaks, self._peak_at_once(running, tokens))
 
+    def _solving(self, group: GroupWidths) -> int:
+        """Return what solving a group of linears takes, or one of its experts."""
+        kind, refined = self._device_type, self._work.refined
+        if group.experts is not None:
+            return solving_bytes(group.in_features, group.out_features, kind, refined=refined)
+        if self._work.corrected:  # the targets of all linears are found, and then rounded, at once
+            return solving_bytes(group.in_features, group.out_features, kind, refined=refined, corrected=True)
+        together = [sum(group.widths[some]) for some in solved_together(group.widths)]
+        # Beside those that are solved, the others' integers.
+        return max(
+            solving_bytes(group.in_features, features, kind, refined=refined)
+            + group.in_features * (group.out_features - features)
+            for features in together
+        )
+
     def suspended_reference(self, tokens: int, *, inputs_held: int) -> int:
         """Return what batches take for a target correction while they are suspended where that takes most.
 
@@ -327,18 +284,18 @@ class _Sizes:
             tokens: of these batches.
             inputs_held: see `peak`.
         """
-        if not self._corrected:
+        if not self._work.corrected:
             return 0
         return tokens * max(max(0, self._suspended(group) - inputs_held) for group in self._architecture.group_sizes)
 
     def _peak_at_once(self, running: int, tokens: int) -> int:
         """Return the peak of a variant that calibrates all linears of a block at once, and suspends no batch."""
-        if not self._all_at_once:
+        if not self._work.all_at_once:
             return 0
         sizes = self._architecture.group_sizes
         sums = sum(panels_bytes(group.in_features) for group in sizes)
         linears = (group for group in sizes if group.experts is None)
-        solving = max((_solving_bytes(group.in_features, group.out_features) for group in linears), default=0)
+        solving = max(map(self._solving, linears), default=0)
         calibrating = (self._sums - 1) * sums + running
         return tokens * sum(map(self._routed_inputs, sizes)) + sums + max(calibrating, solving)
 

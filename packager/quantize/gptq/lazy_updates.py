@@ -7,7 +7,7 @@ columns' rounding decisions depend on them. On CUDA each is the sum of three flo
 import torch
 from torch import Tensor
 
-from packager.quantize.gptq.tensor_ops import TensorOps, rows_of
+from packager.quantize.gptq.tensor_ops import TensorOps, ordered_rows
 
 _HEADROOM = 2.0**9  # float16 ends at 2^16; a delta exceeds the largest weight only where errors accumulate
 _SMALLEST = 2.0**-64  # of a weight times its row of U: keeps the factors finite where all weights are zero
@@ -25,7 +25,7 @@ class Float32Updates:
     def __init__(self, U: Tensor, weight: Tensor, ops: TensorOps) -> None:
         self._U, self._ops = U, ops
         self._delta = torch.empty_like(weight, dtype=torch.float32)
-        self._reordered = False
+        self._columns: Tensor | None = None
 
     def record(self, begin: int, delta: Tensor) -> None:
         """Store deltas; see `LazyUpdates.record`."""
@@ -36,21 +36,24 @@ class Float32Updates:
         return self._ops.add_product(None, self._U[..., :until, begin:end].mT, self._delta[..., :until, :])
 
     def reorder(self, columns: Tensor) -> None:
-        """Put the rows of U in another order; see `LazyUpdates.reorder`."""
-        self._U, self._reordered = rows_of(self._U, columns), True
+        """Give the rows of U another order; see `LazyUpdates.reorder`."""
+        self._columns = columns
 
     def first_row(self, begin: int) -> int:
         """Return where rows of U begin; see `LazyUpdates.first_row`."""
-        return 0 if self._reordered else begin
+        return begin if self._columns is None else 0
 
     def gradient(self, begin: int, end: int, errors: Tensor) -> Tensor:
         """Return U[begin:end, first:] errors[first:]; see `LazyUpdates.gradient`."""
         first = self.first_row(begin)
-        return self._ops.add_product(None, self._U[..., begin:end, first:], errors[..., first:, :])
+        return self._ops.add_product(None, self._rows(begin, end), errors[..., first:, :])
 
     def spread(self, begin: int, end: int, change: Tensor) -> Tensor:
         """Return U[begin:end, first:]^T change; see `LazyUpdates.spread`."""
-        return self._ops.add_product(None, self._U[..., begin:end, self.first_row(begin) :].mT, change)
+        return self._ops.add_product(None, self._rows(begin, end).mT, change)
+
+    def _rows(self, begin: int, end: int) -> Tensor:
+        return ordered_rows(self._U, self._columns, begin, end)[..., self.first_row(begin) :]
 
 
 class SplitUpdates:
@@ -75,7 +78,7 @@ class SplitUpdates:
         high = torch.empty_like(weight, dtype=torch.float16)
         self._delta = high, torch.empty_like(high)
         self._error_scale: Tensor | None = None
-        self._reordered = False
+        self._columns: Tensor | None = None
 
     def record(self, begin: int, delta: Tensor) -> None:
         """Split and store deltas; see `LazyUpdates.record`."""
@@ -90,14 +93,12 @@ class SplitUpdates:
         return self._sum_of_products(U_high, U_low, high, low).div_(self._out_scale[..., None, :])
 
     def reorder(self, columns: Tensor) -> None:
-        """Put the rows of U in another order; see `LazyUpdates.reorder`."""
-        high, low = self._U
-        self._U, self._reordered = (rows_of(high, columns), rows_of(low, columns)), True
-        self._row_scale = self._row_scale.gather(-1, columns)
+        """Give the rows of U another order; see `LazyUpdates.reorder`."""
+        self._columns, self._row_scale = columns, self._row_scale.gather(-1, columns)
 
     def first_row(self, begin: int) -> int:
         """Return where rows of U begin; see `LazyUpdates.first_row`."""
-        return 0 if self._reordered else begin
+        return begin if self._columns is None else 0
 
     def gradient(self, begin: int, end: int, errors: Tensor) -> Tensor:
         """Return U[begin:end, first:] errors[first:]; see `LazyUpdates.gradient`."""
@@ -105,7 +106,7 @@ class SplitUpdates:
         if self._error_scale is None:
             norm = torch.linalg.vector_norm(errors, dim=-2).clamp(min=_SMALLEST)
             self._error_scale = torch.exp2(torch.floor(torch.log2(_HEADROOM / norm)))
-        U_high, U_low = (part[..., begin:end, first:] for part in self._U)
+        U_high, U_low = self._rows(begin, end)
         # The memory of the deltas, which nothing needs any more, holds the parts of the errors.
         parts = self._delta[0][..., first:, :], self._delta[1][..., first:, :]
         high, low = self._ops.split(errors[..., first:, :], None, self._error_scale, parts)
@@ -114,9 +115,13 @@ class SplitUpdates:
 
     def spread(self, begin: int, end: int, change: Tensor) -> Tensor:
         """Return U[begin:end, first:]^T change; see `LazyUpdates.spread`."""
-        U_high, U_low = (part[..., begin:end, self.first_row(begin) :].mT for part in self._U)
+        U_high, U_low = self._rows(begin, end)
         high, low = self._ops.split(change, self._row_scale[..., begin:end], self._out_scale)
-        return self._sum_of_products(U_high, U_low, high, low).div_(self._out_scale[..., None, :])
+        return self._sum_of_products(U_high.mT, U_low.mT, high, low).div_(self._out_scale[..., None, :])
+
+    def _rows(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        high, low = (ordered_rows(part, self._columns, begin, end) for part in self._U)
+        return high[..., self.first_row(begin) :], low[..., self.first_row(begin) :]
 
     def _sum_of_products(self, a_high: Tensor, a_low: Tensor, b_high: Tensor, b_low: Tensor) -> Tensor:
         """Return a b but for the product of the two low parts."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from packager.quantize.gptq.grid import GridRules, refitted_by
-from packager.quantize.gptq.tensor_ops import Grids, LazyUpdates, TensorOps
+from packager.quantize.gptq.tensor_ops import Grids, LazyUpdates, TensorOps, ordered_rows
 
 # Linears that were calibrated on fewer tokens are left: on the activations of a real model the loss on other text falls
 # from 3 tokens per column on, and does not at 1.8 (docs/explanation/measurements.md).
@@ -32,20 +32,22 @@ class RoundedLinear:
     """Linears whose columns were all rounded; refinement overwrites `errors`, `q` and the scales.
 
     Columns are in an order in which groups are consecutive: the solving order, or that of the checkpoint for static
-    order, for which the rows of U are no longer triangular.
+    order, in which the rows of U are no longer triangular.
 
     Attributes:
         errors: float32 [in_features, out_features], E = U^T (w - q), in solving order.
         q: uint8 [in_features, out_features].
         grids: of all groups.
-        U: float32 [in_features, in_features], H = U U^T.
-        updates: multiplies by U, its columns in the same order; its deltas are lost.
+        U: float32 [in_features, in_features], H = U U^T, in solving order.
+        columns: int64 [in_features], the row of U of each column; None: in solving order.
+        updates: multiplies by U, its rows in the order of `columns`; its deltas are lost.
     """
 
     errors: Tensor
     q: Tensor
     grids: Grids
     U: Tensor
+    columns: Tensor | None
     updates: LazyUpdates
 
 
@@ -72,7 +74,7 @@ def refine(
         _refit_shared_groups(linear, group_size, allowed)
     for blocks in reversed(spans):
         start, stop = blocks[0][0], blocks[-1][1]
-        rows = linear.U[..., start:stop, linear.updates.first_row(start) :]
+        rows = ordered_rows(linear.U, linear.columns, start, stop)[..., linear.updates.first_row(start) :]
         H = ops.add_product(None, rows, rows.mT)
         G = linear.updates.gradient(start, stop, linear.errors)
         change = torch.empty_like(G)

@@ -208,13 +208,13 @@ class _ColumnSolver:
         assert self.errors is not None, "the errors are kept"  # noqa: S101
         blocks = column_blocks(self._weight.shape[-2], self._group_size)
         del self._weight
-        q, U, groups = self.q, self._U, self.grids.groups
-        if perm is not None:
-            back = torch.argsort(perm)
-            q, U, groups = rows_of(q, back), rows_of(U, back), groups.gather(-1, back)
+        q, groups = self.q, self.grids.groups
+        back = None if perm is None else torch.argsort(perm)
+        if back is not None:
+            q, groups = rows_of(q, back), groups.gather(-1, back)
             self._updates.reorder(back)
         grids = replace(self.grids, groups=groups)
-        linear = RoundedLinear(errors=self.errors, q=q, grids=grids, U=U, updates=self._updates)
+        linear = RoundedLinear(errors=self.errors, q=q, grids=grids, U=self._U, columns=back, updates=self._updates)
         allowed = torch.tensor(refined, device=q.device).reshape(q.shape[:-2])
         spans = [blocks[some] for some in _some_at_once(len(blocks))]
         inline = inline_group_size(self._group_size) > 0

@@ -64,6 +64,14 @@ def rows_of(x: Tensor, rows: Tensor) -> Tensor:
     return x[rows] if x.ndim == 2 else x.gather(-2, rows[..., None].expand(*rows.shape, x.shape[-1]))
 
 
+def ordered_rows(x: Tensor, order: Tensor | None, begin: int, end: int) -> Tensor:
+    """Return rows `begin` to `end` of x, [..., n, m], after its rows were put in an order; None keeps them.
+
+    Only these rows are copied, where x itself in another order would take its memory again.
+    """
+    return x[..., begin:end, :] if order is None else rows_of(x, order[..., begin:end])
+
+
 class LazyUpdates(Protocol):
     """The deltas of the columns quantized so far, and their products with U; for refinement, other products with it."""
 
@@ -74,7 +82,7 @@ class LazyUpdates(Protocol):
         """Return U[:until, begin:end]^T delta[:until], float32 [end - begin, out_features]."""
 
     def reorder(self, columns: Tensor) -> None:
-        """Put the rows of U, one for each column, in another order, int64 [in_features], for the products below."""
+        """Give the rows of U, one for each column, another order, int64 [in_features], for the products below."""
 
     def first_row(self, begin: int) -> int:
         """Return from where on U[begin:] is not zero: `begin`, or 0 when the rows of U were reordered."""
