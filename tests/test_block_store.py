@@ -221,6 +221,16 @@ def test_work_of_another_fingerprint_is_discarded_with_the_reason(case: StoreCas
     assert case.logged[2:] == ["main: 1 finished block is not resumed: threads was nothing and is 2"]
 
 
+def test_temporary_files_of_a_killed_run_are_deleted_before_it_goes_on(case: StoreCase) -> None:
+    case.write(0, 2)
+    left = [case.folder / ".tmp-68hedvuy", case.store.checkpoint / ".tmp-2b5xw0aa"]
+    for path in left:
+        path.write_bytes(b"half a file")
+    case.open()
+    assert not any(path.exists() for path in left)
+    assert (case.finished(), case.logged) == ([0, 2], [])
+
+
 def test_a_store_without_finished_blocks_logs_nothing(case: StoreCase) -> None:
     case.open(torch="3")
     case.open()

@@ -100,6 +100,28 @@ def test_what_a_killed_build_left_is_not_shown_while_something_else_runs(tmp_pat
         assert read_running(found.running_path) is None
 
 
+def test_what_a_killed_build_left_is_deleted_wherever_it_lies(tmp_path: Path) -> None:
+    found = workspace(tmp_path / "dist")
+    elsewhere = tmp_path / "another disk"
+    (elsewhere / "notes").mkdir(parents=True)
+    found.folder("moved").parent.mkdir(parents=True)
+    found.folder("moved").symlink_to(elsewhere)
+    folders = (
+        found.folder("main"), found.folder("main") / ".eval_results", found.folder("moved") / "notes",
+        found.receipt_path("main").parent, found.unfinished_path("main").parent, found.rows.parent,
+        found.losses_path("").parent, found.base_scores.parent, found.work, found.work / "main",
+        found.work / "main" / "checkpoint", found.work / "verify" / "transformers" / "main",
+    )  # fmt: skip
+    for folder in folders:
+        (folder / ".tmp-folder" / "inner").mkdir(parents=True)
+        (folder / ".tmp-file").write_bytes(b"half")
+        (folder / "kept.json").write_bytes(b"{}")
+    (found.work / ".tmp-link").symlink_to(tmp_path)
+    with found.locked():
+        assert list(tmp_path.rglob(".tmp-*")) == []
+        assert all((folder / "kept.json").exists() for folder in folders)
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"pid": "x"}', b"\xff" * 200_000])
 def test_a_record_that_cannot_be_read_is_none(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.json").write_bytes(content)

@@ -26,7 +26,15 @@ from packager.errors import AuditError, MachineError, StateError
 from packager.model.architecture import Architecture
 from packager.prove.audit import audit
 from packager.receipt import SAFETENSORS, FileRecord, Receipt
-from packager.system.files import LOCK_WAIT_S, disk_errors, has_record, list_files, remove_leftovers, write_atomic
+from packager.system.files import (
+    LOCK_WAIT_S,
+    disk_errors,
+    has_record,
+    list_files,
+    remove_leftovers,
+    remove_leftovers_below,
+    write_atomic,
+)
 from packager.system.parallel import in_parallel
 
 
@@ -205,11 +213,11 @@ class Workspace:
 
     def _remove_leftovers(self) -> None:
         self.running_path.unlink(missing_ok=True)
-        builds, receipts = self.folder("main").parent, self._receipts
-        for parent in (builds, receipts, self.work, self.rows.parent, self.losses_path("").parent):
+        builds, kept = self.folder("main").parent, (self.rows, self.losses_path(""), self.base_scores)
+        for parent in (builds, self._receipts, self.work, *(path.parent for path in kept)):
             remove_leftovers(parent)
-            for folder in parent.glob("*/"):
-                remove_leftovers(folder)
+            for folder in parent.glob("*/"):  # of a branch; it may be a link to another disk
+                remove_leftovers_below(folder)
 
 
 def _first_problem(error: ValidationError) -> str:

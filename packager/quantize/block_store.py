@@ -26,7 +26,7 @@ from packager.model.checkpoint import Shard
 from packager.model.safetensors_file import StoredTensor, copy_tensor, layout, read_tensor, write_at
 from packager.receipt import AnyLinearRecord, LinearRecord
 from packager.records import Record
-from packager.system.files import disk_errors, fsync_folder, reserve, write_atomic
+from packager.system.files import disk_errors, fsync_folder, remove_leftovers, reserve, write_atomic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -111,9 +111,14 @@ class BlockStore:
     def open(self) -> None:
         """Resume the blocks that an earlier run finished, or create the files and reserve their space.
 
+        Temporary files of a run that was killed are deleted: the folder belongs to whoever opens the store.
+
         Raises:
             MachineError: the disk is full, or the folder cannot be written; it is removed again.
         """
+        with disk_errors(self._folder):
+            remove_leftovers(self._folder)
+            remove_leftovers(self.checkpoint)
         found = {block: self._read_journal(block) for block in self._blocks if self._journal_path(block).exists()}
         journals = {block: journal for block, journal in found.items() if journal is not None}
         reason = self._why_not_resumed(list(journals.values()))

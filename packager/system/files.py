@@ -182,6 +182,16 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
+def remove_leftovers_below(folder: Path) -> None:
+    """Delete the temporary files and folders that a killed run left in `folder` and in all folders below it.
+
+    Links to folders are not followed; `folder` itself may be one.
+    """
+    remove_leftovers(folder)
+    for parent, _, _ in os.walk(folder):
+        remove_leftovers(Path(parent))
+
+
 def sha256_file(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
     """Return the sha256 of a file's content, read in chunks; an unchanged file is not read again.
 
