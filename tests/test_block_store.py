@@ -24,7 +24,7 @@ from tests.test_known_models import tiny_config
 from tests.tiny_models import variant
 
 DTYPES = {"I32": torch.int32, "F16": torch.float16, "BF16": torch.bfloat16}
-FINGERPRINT = {"recipe": "a" * 64, "calibration": "c" * 64, "torch": "2.11.0", "device": "cpu"}
+FINGERPRINT = {"recipe": "a" * 64, "calibration": "c" * 64, "engine": "6", "torch": "2.11.0", "device": "cpu"}
 BLOCKS = range(3)
 
 
@@ -219,6 +219,25 @@ def test_work_of_another_fingerprint_is_discarded_with_the_reason(case: StoreCas
     case.write(0)
     case.open(threads="2")
     assert case.logged[2:] == ["main: 1 finished block is not resumed: threads was nothing and is 2"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"recipe": "b" * 64}, "recipe differs"),
+        # The recipe's digest is another one with each version of the engine.
+        ({"recipe": "b" * 64, "engine": "7"}, "the engine's version was 6 and is 7"),
+        ({"recipe": "b" * 64, "engine": f"{'e' * 64}-2"}, "the engine's version differs"),
+        (
+            {"recipe": "b" * 64, "engine": "7", "torch": "2.13.0"},
+            "the engine's version was 6 and is 7, torch was 2.11.0 and is 2.13.0",
+        ),
+    ],
+)
+def test_another_engine_version_is_no_other_recipe(case: StoreCase, changes: dict[str, str], reason: str) -> None:
+    case.write(1)
+    case.open(**changes)
+    assert case.logged == [f"main: 1 finished block is not resumed: {reason}"]
 
 
 def test_temporary_files_of_a_killed_run_are_deleted_before_it_goes_on(case: StoreCase) -> None:

@@ -37,6 +37,7 @@ from packager.pipeline.plan import make_plan
 from packager.pipeline.stages import quantize_and_pack
 from packager.pipeline.workspace import Workspace
 from packager.quantize.block_store import BlockStore
+from packager.quantize.engines import ENGINE_VERSION
 from packager.receipt import LoaderRecord, LoaderStatus
 from packager.recipe.file import RecipeFile
 from packager.system.terminal import Terminal
@@ -668,6 +669,23 @@ def test_a_damaged_work_file_is_made_again(
     (work / name).write_bytes(damaged)
     build(recipe, tmp_path / "new")
     assert built_files(tmp_path / "new") == built_files(made / "dist")
+
+
+def test_blocks_of_another_version_of_the_engine_are_not_those_of_another_recipe(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new, present = tmp_path / "new", ENGINE_VERSION
+    build_blocks(monkeypatch, 1, recipe, new)
+    monkeypatch.setattr("packager.quantize.engines.ENGINE_VERSION", present + 1)
+
+    def die(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(BlockStore, "write", die)
+    with pytest.raises(KeyboardInterrupt):
+        flow.build(RecipeFile.load(recipe), options(new), Terminal())
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "not resumed" in line]
+    assert line.endswith(f"1 finished block is not resumed: the engine's version was {present} and is {present + 1}")
 
 
 def test_publishing_without_a_build_is_refused(recipe: Path, dist: Path, tmp_path: Path) -> None:

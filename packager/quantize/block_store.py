@@ -334,11 +334,21 @@ def _bytes_of(tensor: "Tensor") -> memoryview:
 
 
 def _differences(old: Mapping[str, str], new: Mapping[str, str]) -> str:
-    """Return in which parts two fingerprints differ: both values of a part, unless they are digests."""
+    """Return in which parts two fingerprints differ: both values of a part, unless they are digests.
+
+    The digest of the recipe has the engine's version in it: where the version is another one, that digest says nothing
+    of the recipe, and is left out.
+    """
+    parts = [*new, *(part for part in old if part not in new)]
+    changed = [part for part in parts if old.get(part) != new.get(part)]
     found = []
-    for part in [*new, *(part for part in old if part not in new)]:
+    for part in changed:
         before, after = old.get(part, "nothing"), new.get(part, "nothing")
-        if before != after:
-            digests = _DIGEST_LENGTH in (len(before), len(after))
-            found.append(f"{part} differs" if digests else f"{part} was {before} and is {after}")
+        name = "the engine's version" if part == "engine" else part
+        if part == "recipe" and "engine" in changed:
+            continue
+        if max(len(before), len(after)) >= _DIGEST_LENGTH:
+            found.append(f"{name} differs")
+        else:
+            found.append(f"{name} was {before} and is {after}")
     return ", ".join(found)
