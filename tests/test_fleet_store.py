@@ -382,7 +382,7 @@ def test_an_error_names_the_store_and_no_password(tmp_path: Path, monkeypatch: p
     "url",
     ["s3:/bucket/a", "s3:bucket", "s3//bucket/a", "file:/srv/fleet", "host:/srv/fleet", "me@nas:/srv/fleet",
      "10.0.0.1:/srv/fleet", "://srv/fleet", "file://srv/fleet", "file://localhost/srv/fleet", "file://~/fleet",
-     "file://"],
+     "file://", "File://srv/fleet", "local://srv/fleet", "local://"],
 )  # fmt: skip
 def test_a_url_with_a_character_too_few_is_no_folder_of_this_machine(url: str) -> None:
     with pytest.raises(UsageError, match="the address of the store is not clear"):
@@ -391,6 +391,22 @@ def test_a_url_with_a_character_too_few_is_no_folder_of_this_machine(url: str) -
         open_store(f"./{url}")
     open_store("C:/fleet")
     assert open_store("file:///srv/fleet").url == open_store("/srv/fleet").url
+
+
+@pytest.mark.parametrize(
+    "url", ["local:///srv/fleet", "local:////srv/fleet", "LOCAL:/srv/fleet", "File:///srv/fleet", "file:/srv/fleet"]
+)
+def test_a_folder_behind_another_scheme_is_named_as_it_is_written(url: str) -> None:
+    """fsspec reads local:// and makes no folders: the hint was to check the network."""
+    with pytest.raises(UsageError, match="the address of the store is not clear") as caught:
+        open_store(url)
+    assert caught.value.hint == "write /srv/fleet, if that is a folder that all machines share"
+
+
+@pytest.mark.parametrize("name", ["file", "local", "locals/a", "files"])
+def test_a_folder_may_be_named_like_a_scheme(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert open_store(name).url == str(tmp_path / name)
 
 
 @pytest.mark.parametrize("url", ["s3:/KEY:SECRET@bucket/a", "s3//KEY:SECRET@bucket/a", "me:SECRET@nas:/srv/fleet"])

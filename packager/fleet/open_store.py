@@ -15,6 +15,8 @@ from packager.system.text import shown_address
 # A URL with a character too few, such as s3:/bucket, and a folder of another machine, such as me@nas:/folder. A single
 # letter before the colon is a disk of Windows.
 _MISTYPED: Final = re.compile(r"[^/]{2,}:|s3a?//|://")
+# A folder's whole path behind a scheme in a form that is not read: local:///folder, File:///folder, file:/folder.
+_FOLDER_URL: Final = re.compile(r"(?:file|local):(?:///*(?=/)|(?!//))(?P<path>/.*)", re.IGNORECASE | re.DOTALL)
 _WRITERS: Final = 8  # at once, for the check that one of them wins
 
 
@@ -31,15 +33,10 @@ def open_store(url: str, log: Callable[[str], None] = lambda _: None) -> Store:
     """
     scheme, separator, rest = url.partition("://")
     is_url = bool(scheme and separator)
-    if not url.strip() or (not is_url and _MISTYPED.match(url)) or (scheme == "file" and not rest.startswith("/")):
-        raise UsageError(
-            "the address of the store is not clear",
-            where=shown_address(url) or "--store",
-            why="as a folder it would lie in the working folder, and each machine would have one of its own"
-            if url.strip()
-            else "it is empty, as a variable is that was not set",
-            hint="write s3://bucket/folder or /folder; for a folder in the working folder, put ./ before its name",
-        )
+    if unclear := _what_is_unclear(url):
+        why, hint = unclear
+        where = shown_address(url) or "--store"
+        raise UsageError("the address of the store is not clear", where=where, why=why, hint=hint)
     if not is_url or scheme == "file":
         return FolderStore(Path(rest if is_url else url).absolute())
     if "::" in scheme:
@@ -50,6 +47,22 @@ def open_store(url: str, log: Callable[[str], None] = lambda _: None) -> Store:
             hint="give the last URL of the chain alone",
         )
     return RemoteStore(url, log)
+
+
+def _what_is_unclear(url: str) -> tuple[str, str] | None:
+    """Return why an address may not mean what was meant, and what to do; None where it is clear."""
+    scheme, separator, rest = url.partition("://")
+    is_url, folder = bool(scheme and separator), _FOLDER_URL.fullmatch(url)
+    hint = "write s3://bucket/folder or /folder; for a folder in the working folder, put ./ before its name"
+    if not url.strip():
+        return "it is empty, as a variable is that was not set", hint
+    if folder and scheme != "file":
+        why = "a folder is given by its whole path, alone or behind file:// in small letters"
+        return why, f"write {shown_address(folder['path'])}, if that is a folder that all machines share"
+    is_relative = is_url and scheme.lower() in ("file", "local") and not rest.startswith("/")
+    if is_relative or (not is_url and _MISTYPED.match(url)):
+        return "as a folder it would lie in the working folder, and each machine would have one of its own", hint
+    return None
 
 
 def check_creates(store: Store) -> None:
