@@ -10,7 +10,7 @@ import pytest
 
 from packager.card import CardTexts, render_card
 from packager.card.markdown import extract_code_blocks
-from packager.pipeline.cards import prompting_of
+from packager.pipeline.prompting import prompting_of
 from tests import card_fixtures as fixtures
 from tests.family_tokenizers import FAMILIES, save_family
 from tests.samples import sampled

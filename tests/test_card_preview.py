@@ -48,7 +48,7 @@ def test_a_preview_has_the_planned_sizes_and_no_figure_that_is_measured() -> Non
 def test_a_preview_is_a_page_outside_of_what_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tiny_recipe.write_all(tmp_path)
     read: list[Path] = []
-    monkeypatch.setattr("packager.pipeline.preview.prompting_of", lambda folder: read.append(folder) or Prompting())
+    monkeypatch.setattr("packager.pipeline.prompting.prompting_of", lambda folder: read.append(folder) or Prompting())
     dist = tmp_path / "dist"
     path = write_preview(RecipeFile.load(recipe), dist, tiny_recipe.ACT_ORDER)
     assert path == dist / "previews" / tiny_recipe.REPOSITORY / f"{tiny_recipe.ACT_ORDER}.html"

@@ -5,20 +5,27 @@ from pathlib import Path
 
 import pytest
 
-from packager.card import CardTexts, own_template_problems, render_card
+from packager.card import CardTexts, own_template_problems, render_card, templates_dir
 from packager.card.own_templates import OwnTemplates
 from packager.errors import CardError, PlanError, RecipeError
+from packager.model.front_matter import split_front_matter
 from packager.pipeline import flow
+from packager.pipeline.made_up_figures import made_up_runs, with_made_up_figures
 from packager.pipeline.plan import make_plan
+from packager.pipeline.predicted_card import PredictedCards, predicted_record
 from packager.pipeline.preview import preview_card
+from packager.prove.audit.card import words_problems
 from packager.recipe.file import RecipeFile
+from packager.recipe.task_models import EvaluationTask, TaskData
 from packager.system.terminal import Terminal
 from tests import card_fixtures as fixtures
 from tests import tiny_recipe
 from tests.card_page import assert_well_formed
 from tests.tiny_recipe import MAIN, Builds
 
+ROOT = Path(__file__).resolve().parents[1]
 LICENSE = "_license.md.j2"
+TEXTS = ("calibration", "evaluation")
 
 
 def page(own: OwnTemplates | None = None) -> str:
@@ -121,6 +128,118 @@ def test_a_malformed_template_is_an_error_of_the_plan(tmp_path: Path, builds: Bu
     with pytest.raises(PlanError) as caught:
         make_plan(recipe_file)
     assert f"{tmp_path / 'card' / LICENSE}:3: card.templates: " in caught.value.why
+
+
+PYTHON = "```python\n{}\n```"
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("Call huggingface-cli download.", ":4: card.templates: huggingface-cli is gone, the command is hf ("),
+        (
+            "huggingface-cli download {{ here.place.repository }}",
+            ": card.templates: huggingface-cli is gone, the command is hf (",
+        ),
+        ("Fill in {{ '{{' }} this }}.", ": card.templates: a template expression was not rendered (change the words"),
+        ("{% raw %}{{ size }}{% endraw %}", ": card.templates: a template expression was not rendered"),
+        (PYTHON.format("import"), ":5: card.templates: line 1 of this block: "),
+        (PYTHON.format("model = {{ card.title | inline }} GPTQ"), ": card.templates: line 1 of this block: "),
+        ("{% for each in branches %}--trust-remote-code{% endfor %}", ": card.templates: this model needs no remote"),
+        ("token hf_" + "a" * 34, ":4: card.templates: "),
+        (
+            "<script>alert(1)</script>",
+            ": card.templates: the recipe's templates make a page that cannot be published: ",
+        ),
+        ("{{ card.titel }}", ":4: card.templates: the card's template cannot be filled in: 'packager.recipe"),
+        ("{{ heer.branch }}", ":4: card.templates: the card's template cannot be filled in: 'heer' is undefined"),
+    ],
+)
+def test_what_the_audit_of_the_card_refuses_is_an_error_of_the_plan(
+    text: str, problem: str, tmp_path: Path, builds: Builds
+) -> None:
+    recipe_file = with_templates(builds.copy(tmp_path), f"## Licence\n\n{'{# #}'}\n{text}\n")
+    with pytest.raises(PlanError) as caught:
+        make_plan(recipe_file)
+    place = tmp_path / "card" / ("" if "page that" in problem else LICENSE)
+    assert f"{place}{problem}" in caught.value.why
+    assert "a" * 34 not in caught.value.why, "a secret is not shown whole"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{{ here.provenance.quality.perplexity }}",
+        "{{ here.provenance.quality | figure('perplexity') }}",
+        "{{ here.provenance.linears[0].loss }}",
+        "{{ here.provenance.versions['autogptq'] }}",
+        "{{ speed[0].forward }}",
+        "{% if here.provenance.quality %}{% set better = 1 %}{% endif %}{{ better }}",
+        "{% if here.provenance.quality %}measured{% else %}{{ '{{ perplexity }}' }}{% endif %}",
+        "{% if is_preview %}huggingface-cli{% endif %}",
+        "{% for file in here.provenance.files %}{{ file | code }}{% else %}{{ '{{ files }}' }}{% endfor %}",
+        "{{ picture[0] if picture else '{{ picture }}' }}",
+        "{{ '{{ how }}' if not here.provenance.loaders[0].ran }}",
+        PYTHON.format(
+            "perplexity = {{ here.provenance.quality.perplexity if here.provenance.quality else 'not yet' }}"
+        ),
+        PYTHON.format("device = {{ here.provenance.device | replace(' ', '_') }}"),
+        PYTHON.format("{% if speed %}{% endif %}import torch"),
+        "`huggingface` and {{ card.title | inline }}",
+    ],
+)
+def test_a_template_that_needs_what_is_measured_is_no_error_of_the_plan(
+    text: str, tmp_path: Path, builds: Builds
+) -> None:
+    recipe_file = with_templates(builds.copy(tmp_path), f"## Licence\n\n{text}\n")
+    assert make_plan(recipe_file).variants
+
+
+def test_made_up_figures_stand_for_all_that_a_build_finds(tmp_path: Path, builds: Builds) -> None:
+    recipe, dist = builds.copy(tmp_path), tmp_path / "dist"
+    content = json.loads(recipe.read_text())
+    content["loaders"]["required"] = ["transformers"]
+    recipe.write_text(json.dumps(content))
+    recipe_file = RecipeFile.load(recipe)
+    plan = make_plan(recipe_file)
+    receipt = tiny_recipe.workspace(dist).read_receipt(MAIN)
+    assert receipt is not None
+    built = receipt.provenance
+    before = predicted_record(recipe_file, plan.architecture, plan.variants[0])
+    made_up = with_made_up_figures(before, recipe_file.recipe, plan.architecture.linear_names, 0)
+    pairs = [(before, made_up, built)]
+    pairs += [(getattr(before, name), getattr(made_up, name), getattr(built, name)) for name in TEXTS]
+    for known, invented, real in pairs:
+        fields = set(type(known).model_fields) - {"recipe_digest"}
+        unknown = {field for field in fields if getattr(known, field) != getattr(real, field)}
+        assert {"digest", "text_sha256"} & unknown or {"quality", "linears", "files", "loaders"} <= unknown
+        assert [field for field in unknown if getattr(invented, field) == getattr(known, field)] == []
+    assert made_up.loaders[0].ran
+    assert len(made_up_runs(made_up)) == len(made_up.loaders)
+    task = EvaluationTask(name="birds", data=TaskData(path="birds.jsonl"), fewshot=TaskData(path="shots.jsonl"))
+    evaluation = recipe_file.recipe.evaluation.model_copy(update={"tasks": (task,)})
+    asked = recipe_file.recipe.model_copy(update={"evaluation": evaluation})
+    assert [each.name for each in with_made_up_figures(before, asked, (), 0).tasks] == ["birds"]
+
+
+@pytest.mark.parametrize("name", ["demo-llama", "llama-2-13b-chat", "families/qwen3-8b"])
+def test_a_page_with_made_up_figures_is_a_whole_card(name: str) -> None:
+    recipe_file = RecipeFile.load(ROOT / "recipes" / f"{name}.yaml")
+    plan = make_plan(recipe_file)
+    cards = PredictedCards(recipe_file=recipe_file, architecture=plan.architecture, variants=plan.variants)
+    whole = cards.made_up_page(MAIN, None)
+    assert_well_formed(whole)
+    assert words_problems(split_front_matter(whole)[1]) == []
+    assert "## How these files were made" in whole
+    assert "not measured" not in whole
+    assert "not built yet" not in whole
+
+
+def test_built_in_templates_as_those_of_a_recipe_are_no_error_of_the_plan(tmp_path: Path, builds: Builds) -> None:
+    recipe = builds.copy(tmp_path)
+    for path in sorted(templates_dir().glob("_*.j2")):
+        recipe_file = with_templates(recipe, path.read_text(encoding="utf-8"), path.name)
+    assert make_plan(recipe_file).variants
 
 
 @pytest.mark.parametrize("folder", ["nowhere", "recipe.yaml", "../card", "/usr", "link"])

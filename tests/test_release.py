@@ -34,8 +34,8 @@ from packager.errors import LoaderError
 from packager.inputs.chat import prompt_ids
 from packager.model.decoder import Decoder, forward
 from packager.model.packing import CheckpointReader
-from packager.pipeline.cards import prompting_of
 from packager.pipeline.plan import make_plan
+from packager.pipeline.prompting import prompting_of
 from packager.prove.audit import audit
 from packager.prove.audit.files import REQUIRED_FILES
 from packager.prove.environments import RuntimeContext, ensure_environment

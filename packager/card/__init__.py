@@ -22,7 +22,15 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from packager.card import facts, markdown, mixed_bits, numbers, opening, task_scores
 from packager.card.choice import CachedContext
 from packager.card.metadata import metadata
-from packager.card.own_templates import OwnTemplates, TemplateProblem, partials, template_problems, with_own
+from packager.card.own_templates import (
+    CompiledTemplates,
+    OwnTemplates,
+    TemplateProblem,
+    assigned_names,
+    partials,
+    template_problems,
+    with_own,
+)
 from packager.card.plot import Plot, in_words
 from packager.card.raw_text import TextProblem, text_problems
 from packager.card.sections import SECTIONS, marker_problems, section_block, section_text, split_page
@@ -40,6 +48,9 @@ TEMPLATE = "model_card.md.j2"
 # The page of each of the recipe's styles: its parts are the same, but for the order, the opening and the marks.
 PAGES: Mapping[CardStyle, str] = {"plain": TEMPLATE, "late-2023": "model_card_late_2023.md.j2"}
 HUB = "https://huggingface.co"
+# Errors of a recipe's templates, which the plan looks for.
+CANNOT_FILL_IN = "the card's template cannot be filled in"
+NOT_PUBLISHABLE = "the recipe's templates make a page that cannot be published"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +157,7 @@ def _check_own_page(page: str, own: OwnTemplates) -> None:
     """Raise CardError if the recipe's templates made a page that changes itself or the reader's browser."""
     if found := text_problems(page):
         raise CardError(
-            "the recipe's templates make a page that cannot be published",
+            NOT_PUBLISHABLE,
             where=own.folder,
             why="\n       ".join(f"line {problem.line} of the page: {problem.message}" for problem in found),
             hint=found[0].hint,
@@ -157,6 +168,13 @@ def own_template_problems(own: OwnTemplates) -> tuple[TemplateProblem, ...]:
     """Return what is wrong with a recipe's templates as far as it is seen before a page is rendered."""
     folder = templates_dir()
     return tuple(template_problems(_environment(folder), own, partials(folder)))
+
+
+def given_names(own: OwnTemplates) -> frozenset[str]:
+    """Return the names to which a recipe's templates or ours give a value somewhere."""
+    folder = templates_dir()
+    texts = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.j2"))]
+    return assigned_names(_environment(folder), (*texts, *own.texts.values()))
 
 
 def templates_dir() -> Path:
@@ -279,6 +297,7 @@ def _environment(folder: Path) -> ImmutableSandboxedEnvironment:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+        bytecode_cache=CompiledTemplates(),
     )
     environment.filters.update(
         inline=markdown.inline,
@@ -332,4 +351,4 @@ def _translated(error: Exception, folder: Path) -> CardError:
         )
     if isinstance(error, TemplateNotFound):
         return CardError("a template is missing", where=str(folder / str(error.name)), hint="install the package again")
-    return CardError("the card's template cannot be filled in", where=_line_of(error), why=str(error), hint=hint)
+    return CardError(CANNOT_FILL_IN, where=_line_of(error), why=str(error), hint=hint)

@@ -5,11 +5,12 @@ from these texts and the built-in folder alone, and the finished page must not c
 A template that computes for ever is not stopped.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from jinja2 import ChoiceLoader, FunctionLoader, TemplateSyntaxError
+from jinja2 import BytecodeCache, ChoiceLoader, FunctionLoader, TemplateSyntaxError, nodes
+from jinja2.bccache import Bucket
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from packager.card.raw_text import MAX_CHARACTERS
@@ -51,6 +52,25 @@ class TemplateProblem:
     message: str
 
 
+class CompiledTemplates(BytecodeCache):
+    """Keeps what templates were compiled to in this process: an environment with a recipe's own compiles all anew.
+
+    Jinja compares the text of a template with that of what is kept.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, bytes] = {}
+
+    def load_bytecode(self, bucket: Bucket) -> None:
+        """Fill a bucket with what is kept for its template, if anything is."""
+        if (kept := self._kept.get(bucket.key)) is not None:
+            bucket.bytecode_from_string(kept)
+
+    def dump_bytecode(self, bucket: Bucket) -> None:
+        """Keep what a template was compiled to."""
+        self._kept[bucket.key] = bucket.bytecode_to_string()
+
+
 def with_own(environment: ImmutableSandboxedEnvironment, own: OwnTemplates) -> ImmutableSandboxedEnvironment:
     """Return an environment that takes a recipe's templates before those of `environment`."""
     built_in = environment.loader
@@ -67,6 +87,19 @@ def with_own(environment: ImmutableSandboxedEnvironment, own: OwnTemplates) -> I
 def partials(folder: Path) -> frozenset[str]:
     """Return the names of the built-in templates that a recipe may replace: the parts of the page."""
     return frozenset(path.name for path in folder.glob("_*.j2"))
+
+
+def assigned_names(environment: ImmutableSandboxedEnvironment, texts: Iterable[str]) -> frozenset[str]:
+    """Return the names that templates set, loop over, define or import."""
+    found: set[str] = set()
+    for text in texts:
+        tree = environment.parse(text)
+        found |= {node.name for node in tree.find_all(nodes.Name) if node.ctx != "load"}
+        found |= {node.name for node in tree.find_all(nodes.Macro)}
+        found |= {node.target for node in tree.find_all(nodes.Import)}
+        for node in tree.find_all(nodes.FromImport):
+            found |= {name if isinstance(name, str) else name[1] for name in node.names}
+    return frozenset(found)
 
 
 def template_problems(

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 
-from packager.card import Prompting, render_card
+from packager.card import render_card
 from packager.card.choice import cached_contexts
 from packager.card.facts import autogptq_pins
 from packager.card.floor import floor_record
@@ -15,12 +15,10 @@ from packager.card.plot import PLOT_VERSION, Plot, draw_picture, plot_of
 from packager.card.sections import SECTIONS, SplitPage, section_text, split_page
 from packager.card.task_scores import leaderboard_files
 from packager.errors import CardError, StateError
-from packager.model.contract_files import TEMPLATE_FILE
-from packager.model.strict_json import parse_json_object
-from packager.model.tokenizer_file import affixes
 from packager.pipeline.build_state import BuildState, Options
 from packager.pipeline.card_texts import read_card_texts, read_own_templates
 from packager.pipeline.pack import is_packed
+from packager.pipeline.prompting import prompting_of
 from packager.pipeline.workspace import audit_or_raise
 from packager.receipt import (
     AUTOGPTQ_PINS,
@@ -29,8 +27,6 @@ from packager.receipt import (
     PICTURE_FILES,
     PROVENANCE,
     README,
-    TOKENIZER,
-    TOKENIZER_CONFIG,
     Receipt,
     digest_of,
 )
@@ -104,14 +100,6 @@ def _pages(run: BuildState, branches: Iterable[str]) -> tuple[dict[str, str], Pl
         for branch in branches
     }
     return pages, plot
-
-
-def prompting_of(folder: Path) -> Prompting:
-    """Return what the tokenizer of a branch's folder does with a prompt, read from its files."""
-    config = parse_json_object((folder / TOKENIZER_CONFIG).read_bytes())
-    has_template = bool(config.get("chat_template")) or (folder / TEMPLATE_FILE).exists()
-    before, _ = affixes(parse_json_object((folder / TOKENIZER).read_bytes()))
-    return Prompting(has_template=has_template, before="".join(before))
 
 
 def _present(run: BuildState) -> dict[str, object]:

@@ -16,6 +16,8 @@ from packager.model.compatibility import Verdict, verdicts
 from packager.model.runtimes import OTHER_LOADER
 from packager.pipeline.branch_files import check_small_files
 from packager.pipeline.card_texts import card_text_problems
+from packager.pipeline.predicted_card import PredictedCards
+from packager.pipeline.template_check import template_page_problems
 from packager.pipeline.variant_plan import (
     VariantPlan,
     VariantPlanner,
@@ -153,16 +155,16 @@ def make_plan(recipe_file: RecipeFile, only: Collection[str] = ()) -> BuildPlan:
         *_loader_problems(recipe, judged, by_mixes),
         *card_text_problems(recipe_file),
     ]
-    if problems:
-        raise PlanError(
-            "the recipe cannot be built from this model", where=str(recipe_file.path), why="\n       ".join(problems)
-        )
+    _refuse(problems, recipe_file)
     check_folder_of(recipe_file)
     changes = _changes(recipe_file)
     planner = VariantPlanner(recipe, architecture, recipe_file.lock.base_model.revision)
     planned = tuple(replace(planner.plan(variant), verdicts=judged[variant.branch]) for variant in variants)
     tokens = recipe.calibration.num_samples * recipe.calibration.seq_len
-    chosen = chosen_variants(_described(recipe, planned), only, str(recipe_file.path))
+    described = _described(recipe, planned)
+    cards = PredictedCards(recipe_file=recipe_file, architecture=architecture, variants=described)
+    _refuse(template_page_problems(cards), recipe_file)
+    chosen = chosen_variants(described, only, str(recipe_file.path))
     return BuildPlan(
         recipe=recipe,
         architecture=architecture,
@@ -173,6 +175,13 @@ def make_plan(recipe_file: RecipeFile, only: Collection[str] = ()) -> BuildPlan:
         calibration_tokens=tokens,
         changes=changes,
     )
+
+
+def _refuse(problems: Sequence[str], recipe_file: RecipeFile) -> None:
+    if problems:
+        raise PlanError(
+            "the recipe cannot be built from this model", where=str(recipe_file.path), why="\n       ".join(problems)
+        )
 
 
 def chosen_variants(planned: Sequence[VariantPlan], only: Collection[str], where: str) -> tuple[VariantPlan, ...]:
