@@ -27,7 +27,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
@@ -53,6 +53,7 @@ from packager.prove.verify import (
     checkpoint_of,
     judge_loader,
     references_of,
+    rounding_errors,
     sequences_of,
     token_gaps,
 )
@@ -194,18 +195,21 @@ def open_all(job: VerifyJob, runtimes: Sequence[Runtime], vllm_python: Path | No
     A loader that cannot run yields its reason for each checkpoint.
     """
     references = references_of(job)
+    errors = {
+        each.branch: rounding_errors(each, job, references[each.branch], job.context.log) for each in job.checkpoints
+    }
     negative = {each.branch: negative_share(each.folder) for each in job.checkpoints}
     controlled = len(job.checkpoints) < 2
     for runtime in runtimes:
         outcomes = _outcomes(job, runtime, vllm_python, openings, next(iter(references.values())).shape[-1])
         for checkpoint, outcome in zip(job.checkpoints, outcomes, strict=True):
-            record = _judged(job, runtime, checkpoint, outcome, references)
+            record = _judged(job, runtime, checkpoint, outcome, references, errors[checkpoint.branch])
             yield _opened(runtime, record, outcome, branch=checkpoint.branch, negative=negative[checkpoint.branch])
         if controlled or not all(isinstance(outcome, ProbeResult) for outcome in outcomes):
             continue
         controlled = True
         for index, checkpoint in enumerate(job.checkpoints):
-            record = _judged(job, runtime, checkpoint, outcomes[index - 1], references)
+            record = _judged(job, runtime, checkpoint, outcomes[index - 1], references, errors[checkpoint.branch])
             yield Opened(
                 runtime=runtime.title,
                 branch=checkpoint.branch,
@@ -221,9 +225,10 @@ def _judged(
     checkpoint: Checkpoint,
     outcome: ProbeResult | LoaderError,
     references: Mapping[str, NDArray[np.float32]],
+    errors: Callable[[str], float],
 ) -> LoaderRecord:
     gaps = token_gaps(checkpoint, sequences_of(outcome, job) if isinstance(outcome, ProbeResult) else [], job)
-    return judge_loader(runtime.spec().name, checkpoint, outcome, references, gaps, job)
+    return judge_loader(runtime.spec().name, checkpoint, outcome, references, gaps, errors, job)
 
 
 def _opened(

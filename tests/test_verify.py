@@ -17,8 +17,9 @@ from packager.errors import LoaderError, LoaderUnavailableError, MachineError
 from packager.model.decoder import Decoder, forward
 from packager.prove import verify
 from packager.prove.environments import RuntimeContext
+from packager.prove.loaders import LoaderSpec
 from packager.prove.probes import ProbeJob, ProbeResult
-from packager.prove.tolerances import TOLERANCE, tolerance_of_model
+from packager.prove.tolerances import TOLERANCE, relative_error, tolerance_of_model
 from packager.prove.verify import Checkpoint, VerifyJob
 from packager.receipt import LoaderRecord, LoaderRunRecord
 from packager.recipe import Loaders
@@ -352,7 +353,7 @@ def test_a_token_within_what_rounding_costs_the_model_is_equal(
     logits = checked.after([*PROMPTS[0], *checked.generated[0][:-1]]).astype(np.float64)
     gap = float((logits.max() - logits[last]) / np.sqrt((logits**2).mean()))
     for rounding, equal in ((gap / 4 + 0.01, True), (gap / 4 - 0.01, False)):
-        monkeypatch.setattr(verify, "_rounding_error", lambda *_: 1.0)
+        monkeypatch.setattr(verify, "rounding_errors", lambda *_: lambda _: 1.0)
         monkeypatch.setattr(verify, "tolerance_of_model", lambda *_, rounding=rounding: rounding)
         record = checked.record(monkeypatch, generated=generated, dtype="float16")
         assert (record.tokens_equal == record.tokens_generated) == equal
@@ -371,11 +372,44 @@ def test_a_token_within_what_rounding_costs_the_model_is_equal(
 def test_rounding_is_measured_where_it_can_decide(
     monkeypatch: pytest.MonkeyPatch, probe: dict[str, Any], measured: bool
 ) -> None:
-    monkeypatch.setattr(verify, "_rounding_error", lambda *_: 0.003)
+    monkeypatch.setattr(verify, "rounding_errors", lambda *_: lambda _: 0.003)
     times = np.float32(probe.get("times", 1.02))
     record = record_of(monkeypatch, OWN * times, dtype=probe["dtype"])
     assert record.rounding_error == (0.003 if measured else None)
     assert record.status == ("passed" if measured or times == np.float32(1.001) else "failed")
+
+
+def test_rounding_is_measured_once_for_all_loaders_of_a_dtype(
+    checked: Checked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dtypes = {"autogptq": "float16", "transformers": "float16", "vllm": "bfloat16", "onnxruntime": "float32"}
+    results = {name: result_of(checked.logits * np.float32(1.04), dtype=dtype) for name, dtype in dtypes.items()}
+    replace_loaders(monkeypatch, lambda _: result_of(checked.logits))
+    monkeypatch.setattr(verify, "run_probes", lambda spec, _, jobs, *__: [results[spec.name] for _ in jobs])
+    monkeypatch.setattr(LoaderSpec, "machine_problem", lambda *_: "")
+    asked, lines = list[tuple[str, torch.dtype]](), list[str]()
+    reference = verify.reference
+
+    def counted(checkpoint: Checkpoint, job: VerifyJob, dtype: torch.dtype = torch.float32) -> np.ndarray:
+        asked.append((checkpoint.branch, dtype))
+        return reference(checkpoint, job, dtype)
+
+    monkeypatch.setattr(verify, "reference", counted)
+    folders = dict.fromkeys(("main", "other"), checked.folder)
+    job = job_of(folders, checked.ids, loaders=Loaders(required=tuple(dtypes)))
+    found = verify.check_loaders(job, dict.fromkeys(folders, checked.logits), lines.append)
+    assert asked == [(branch, dtype) for branch in folders for dtype in (torch.float16, torch.bfloat16)]
+    assert [line for line in lines if "rounding" in line] == [
+        f"  {branch}: our own forward in {dtype} runs, to measure what rounding costs this model"
+        for branch in folders
+        for dtype in ("float16", "bfloat16")
+    ]
+    for branch in folders:
+        errors = {record.loader: record.rounding_error for record in found[branch]}
+        assert errors["autogptq"] == errors["transformers"] != errors["vllm"] != errors["onnxruntime"] is None
+        for name in ("autogptq", "vllm"):
+            rounded = reference(job.checkpoints[0], job, getattr(torch, dtypes[name]))
+            assert errors[name] == round(relative_error(rounded, checked.logits), 6)
 
 
 def test_the_tolerance_of_a_model_is_bounded_both_ways() -> None:

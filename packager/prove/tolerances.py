@@ -1,9 +1,11 @@
 """How far a loader's logits may be from ours: by the dtype in which it computes, and by what rounding costs a model."""
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from packager.prove.other_loader import loader_spec
 
@@ -15,6 +17,11 @@ TOLERANCE = {"float32": 0.005, "float16": 0.01, "bfloat16": 0.03}
 # times the difference of kernels that do not, on a Llama 2 13B shape. No kernel is known that sums in bfloat16.
 ROUNDING_FACTOR = {"float16": 8.0, "bfloat16": 3.0}
 LARGEST_TOLERANCE = 0.1  # of any model in any dtype
+# A generated token ties with our most likely one if our logits of the two differ by at most this many times the
+# tolerance times the root mean square (rms) of our logits there. A logit whose error is the tolerance times rms gives
+# the difference of two an error of sqrt(2) times that. So an honest loader's rounding stays 2.8 standard deviations
+# inside at the largest error that passes. The loader's own error does not enter.
+_TIE_TOLERANCES = 4.0
 
 
 def relative_error(logits: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
@@ -40,3 +47,8 @@ def tolerance_of_model(tolerance: float, dtype: str, rounding_error: float) -> f
     if not math.isfinite(rounding_error):
         return tolerance
     return max(tolerance, min(ROUNDING_FACTOR[dtype] * rounding_error, LARGEST_TOLERANCE))
+
+
+def equal_tokens(gaps: Iterable[Tensor], tolerance: float) -> int:
+    """Return how many generated tokens are our forward's most likely ones, or tie with them; see `token_gaps`."""
+    return sum(int((each <= _TIE_TOLERANCES * tolerance).sum()) for each in gaps)

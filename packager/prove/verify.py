@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import takewhile
 from pathlib import Path
 
@@ -29,16 +30,11 @@ from packager.prove.loader_runs import result_line, run_record
 from packager.prove.loaders import LoaderSpec
 from packager.prove.other_loader import loader_spec
 from packager.prove.probes import ProbeJob, ProbeResult, published_reason, run_probes
-from packager.prove.tolerances import LARGEST_TOLERANCE, relative_error, tolerance_of, tolerance_of_model
+from packager.prove.tolerances import LARGEST_TOLERANCE, equal_tokens, relative_error, tolerance_of, tolerance_of_model
 from packager.receipt import LoaderRecord, LoaderRunRecord, Provenance
 from packager.recipe import Loaders
 
 MIN_TOP1_AGREEMENT = 0.95
-# A generated token ties with our most likely one if our logits of the two differ by at most this many times the
-# tolerance times the root mean square (rms) of our logits there. A logit whose error is the tolerance times rms gives
-# the difference of two an error of sqrt(2) times that. So an honest loader's rounding stays 2.8 standard deviations
-# inside at the largest error that passes. The loader's own error does not enter.
-_TIE_TOLERANCES = 4.0
 _ROUNDED = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 _HINT = "end other programs on the GPU, or run again with --device cpu"
 Generated = tuple[tuple[int, ...], tuple[int, ...]]  # token ids of a prompt, and of what was generated after it
@@ -168,7 +164,8 @@ def check_loaders(
             job.timed(checkpoint.branch, run_record(name, result, job.rows, job.device, beside=len(outcomes)))
         results = list(ran.values())
         gaps = token_gaps(checkpoint, [sequence for result in results for sequence in sequences_of(result, job)], job)
-        found = [judge_loader(name, checkpoint, outcome, references, gaps, job) for name, outcome in own.items()]
+        errors = rounding_errors(checkpoint, job, references[checkpoint.branch], log)
+        found = [judge_loader(name, checkpoint, result, references, gaps, errors, job) for name, result in own.items()]
         found += [
             LoaderRecord(loader=name, required=name in job.loaders.required, status="refused", reason=refused[name])
             for name in outcomes
@@ -252,6 +249,7 @@ def judge_loader(
     outcome: ProbeResult | LoaderError,
     references: Mapping[str, NDArray[np.float32]],
     gaps: Mapping[Generated, Tensor],
+    errors: Callable[[str], float],
     job: VerifyJob,
 ) -> LoaderRecord:
     """Return whether a loader passes on a checkpoint, with its figures, or with what differs.
@@ -262,6 +260,7 @@ def judge_loader(
         outcome: what it computed, or why it did not.
         references: our logits of all checkpoints, by branch.
         gaps: from `token_gaps`, of what it generated.
+        errors: from `rounding_errors`; asked where it can decide.
         job: see `VerifyJob`.
     """
     required = name in job.loaders.required
@@ -269,23 +268,20 @@ def judge_loader(
         return LoaderRecord(loader=name, required=required, status="not run", reason=published_reason(outcome))
     if isinstance(outcome, LoaderError):
         return LoaderRecord(
-            loader=name,
-            required=required,
-            status="failed",
-            reason=published_reason(outcome),
+            loader=name, required=required, status="failed", reason=published_reason(outcome),
             confinement=job.context.confinement,
-        )
+        )  # fmt: skip
     own = references[checkpoint.branch]
     error = relative_error(outcome.logits, own)
     top1 = float((outcome.logits.argmax(-1) == own.argmax(-1)).mean())
     tokens = sum(len(generated) for generated in outcome.generated)
     found = [gaps[sequence] for sequence in sequences_of(outcome, job)]
     tolerance, rounding = tolerance_of(name, outcome.dtype), None
-    differs = error > tolerance or _equal_tokens(found, tolerance) < tokens
+    differs = error > tolerance or equal_tokens(found, tolerance) < tokens
     if differs and error <= LARGEST_TOLERANCE and outcome.dtype in _ROUNDED:
-        rounding = _rounding_error(checkpoint, job, outcome.dtype, own)
+        rounding = errors(outcome.dtype)
         tolerance = tolerance_of_model(tolerance, outcome.dtype, rounding)
-    equal = _equal_tokens(found, tolerance)
+    equal = equal_tokens(found, tolerance)
     problems = _problems(checkpoint, outcome, references, error, tolerance, top1)
     if equal < tokens:
         problems.append(f"{tokens - equal} of {tokens} generated tokens are not what our forward finds most likely")
@@ -307,14 +303,21 @@ def judge_loader(
     )
 
 
-def _equal_tokens(gaps: Sequence[Tensor], tolerance: float) -> int:
-    return sum(int((each <= _TIE_TOLERANCES * tolerance).sum()) for each in gaps)
+def rounding_errors(
+    checkpoint: Checkpoint, job: VerifyJob, own: NDArray[np.float32], log: Callable[[str], None]
+) -> Callable[[str], float]:
+    """Return a function of a dtype: the relative error of our own forward in it, against our float32 logits `own`.
 
+    Each is computed once, and `log` gets a line before: on a CPU that takes as long as `own` took, or longer.
+    """
 
-def _rounding_error(checkpoint: Checkpoint, job: VerifyJob, dtype: str, own: NDArray[np.float32]) -> float:
-    """Return the relative error of our own forward of a checkpoint in a dtype."""
-    with gpu_memory_errors(_HINT):
-        return relative_error(reference(checkpoint, job, _ROUNDED[dtype]), own)
+    @cache
+    def error_in(dtype: str) -> float:
+        log(f"  {checkpoint.branch}: our own forward in {dtype} runs, to measure what rounding costs this model")
+        with gpu_memory_errors(_HINT):
+            return relative_error(reference(checkpoint, job, _ROUNDED[dtype]), own)
+
+    return error_in
 
 
 def _six_digits(error: float) -> float | None:
