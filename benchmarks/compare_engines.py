@@ -24,8 +24,10 @@ from rich.console import Console
 from rich.table import Table
 
 from packager.errors import PackagerError
-from packager.pipeline.build_state import BuildState, Options
-from packager.pipeline.stages import evaluate, quantize_and_pack
+from packager.pipeline.build_options import Options
+from packager.pipeline.build_state import BuildState
+from packager.pipeline.evaluate_stage import evaluate
+from packager.pipeline.quantize_stage import quantize_and_pack
 from packager.receipt import QualityRecord, Receipt
 from packager.recipe import Loaders, Recipe, VariantEntry
 from packager.recipe.file import RecipeFile

@@ -42,8 +42,9 @@ from rich.console import Console
 from safetensors import safe_open
 
 from packager.errors import LoaderError, LoaderUnavailableError, PackagerError
-from packager.pipeline.build_state import BuildState, Options
-from packager.pipeline.stages import quantize_and_pack
+from packager.pipeline.build_options import Options
+from packager.pipeline.build_state import BuildState
+from packager.pipeline.quantize_stage import quantize_and_pack
 from packager.prove.environments import RuntimeContext, ensure_environment
 from packager.prove.loaders import LOADERS, LoaderSpec
 from packager.prove.probes import ProbeJob, ProbeResult, run_probes

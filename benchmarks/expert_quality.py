@@ -32,8 +32,10 @@ from torch import Tensor
 
 from packager.model.describe import describe
 from packager.model.experts import Experts
-from packager.pipeline.build_state import BuildState, Options
-from packager.pipeline.stages import evaluate, quantize_and_pack
+from packager.pipeline.build_options import Options
+from packager.pipeline.build_state import BuildState
+from packager.pipeline.evaluate_stage import evaluate
+from packager.pipeline.quantize_stage import quantize_and_pack
 from packager.quantize import experts as experts_module
 from packager.quantize.gptq.expert_hessians import ExpertHessians, expert_hessians
 from packager.quantize.gptq.routing import RoutedInputs, route

@@ -43,7 +43,8 @@ from packager.fleet.tasks import (
     TaskEnd,
 )
 from packager.fleet.worker import TaskOrder
-from packager.pipeline.build_state import BuildState, Options
+from packager.pipeline.build_options import Options
+from packager.pipeline.build_state import BuildState
 from packager.pipeline.release import ReleaseChecks
 from packager.recipe.file import RecipeFile
 from packager.system.terminal import Terminal

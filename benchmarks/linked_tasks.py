@@ -28,7 +28,8 @@ from packager.fleet.open_store import open_store  # noqa: E402
 from packager.fleet.store import Store  # noqa: E402
 from packager.fleet.tasks import TASK_STAGES  # noqa: E402
 from packager.inputs import base_model  # noqa: E402
-from packager.pipeline.build_state import BuildState, Options  # noqa: E402
+from packager.pipeline.build_options import Options  # noqa: E402
+from packager.pipeline.build_state import BuildState  # noqa: E402
 from packager.publish.targets.git_process import GitProcess  # noqa: E402
 from packager.recipe.file import RecipeFile  # noqa: E402
 from packager.system.terminal import Terminal  # noqa: E402

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from packager.pipeline import flow
-from packager.pipeline.build_state import Options
+from packager.pipeline.build_options import Options
 from packager.receipt import Receipt, standard_error
 from packager.recipe.file import RecipeFile
 from packager.system.terminal import Terminal

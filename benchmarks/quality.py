@@ -32,8 +32,9 @@ from quality_table import Measurement, figures_table, kl_table, measurements_of,
 from rich.console import Console
 
 from packager.model.packing import CheckpointReader
-from packager.pipeline.build_state import BuildState, Options
-from packager.pipeline.stages import quantize_and_pack
+from packager.pipeline.build_options import Options
+from packager.pipeline.build_state import BuildState
+from packager.pipeline.quantize_stage import quantize_and_pack
 from packager.prove.evaluate import ForwardResult, quality_of, run_texts
 from packager.recipe.file import RecipeFile
 from packager.recipe.lock_file import lock_path

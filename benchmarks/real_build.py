@@ -30,7 +30,7 @@ from rich.table import Table
 
 from packager.card.markdown import extract_code_blocks
 from packager.errors import PackagerError
-from packager.pipeline.build_state import Options
+from packager.pipeline.build_options import Options
 from packager.pipeline.flow import build, publish
 from packager.pipeline.plan import BuildPlan, make_plan
 from packager.prove.environments import RuntimeContext, ensure_environment

@@ -15,7 +15,7 @@ from packager.errors import PackagerError, PublishError
 from packager.model.devices import GPU_ALLOCATION
 
 if TYPE_CHECKING:
-    from packager.pipeline.build_state import Options
+    from packager.pipeline.build_options import Options
     from packager.pipeline.flow import BuildResult
     from packager.pipeline.plan import BuildPlan
     from packager.pipeline.status import BranchStatus
@@ -154,7 +154,7 @@ def _options(
     gpu_memory_bytes: int | None = None,
     cache: str | Path | None = None,
 ) -> "Options":
-    from packager.pipeline.build_state import Options, default_cache
+    from packager.pipeline.build_options import Options, default_cache
 
     return Options(
         dist=Path(dist),

@@ -37,7 +37,7 @@ from tests.publish_fixtures import git, trees
 from tests.tiny_recipe import BRANCHES, RECIPE, build, hub_folder, leftovers, workspace, write_all
 
 WARM = (
-    "packager.prove.verify", "packager.pipeline.stages", "packager.cli.status_view", "packager.cli.publish_view",
+    "packager.prove.verify", "packager.pipeline.flow", "packager.cli.status_view", "packager.cli.publish_view",
     "packager.publish.targets.git_process",
     "transformers.models.llama.modeling_llama", "transformers.tokenization_utils_tokenizers", "git",
 )  # fmt: skip

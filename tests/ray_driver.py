@@ -15,7 +15,7 @@ from packager.fleet.open_store import open_store
 from packager.fleet.ray_fleet import RayFleet
 from packager.fleet.scheduler import Policy
 from packager.fleet.worker import TaskOrder
-from packager.pipeline.build_state import Options
+from packager.pipeline.build_options import Options
 from packager.pipeline.release import ReleaseChecks
 from packager.system.terminal import Terminal
 from tests.import_graph import ROOT

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from packager.pipeline import flow
-from packager.pipeline.build_state import Options
+from packager.pipeline.build_options import Options
 from packager.prove.environments import RuntimeContext
 from packager.quantize.engines import auto_gptq
 from packager.quantize.job import QuantizeJob

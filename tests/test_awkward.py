@@ -77,7 +77,7 @@ def test_combinations(judge: Judge, part: int, data: st.DataObject) -> None:
 def test_the_judge_notices_what_is_lost(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
     """A build that computes with other values than its base, and one that is refused late."""
     from packager.errors import PackError
-    from packager.pipeline import pack, stages
+    from packager.pipeline import pack, quantize_stage
     from packager.system import files
 
     put = files.write_atomic
@@ -92,5 +92,5 @@ def test_the_judge_notices_what_is_lost(judge: Judge, monkeypatch: pytest.Monkey
     def refuse(*_: object, **__: object) -> None:
         raise PackError("too late", where="recipe.yaml", hint="never")
 
-    monkeypatch.setattr(stages, "audit_or_raise", refuse)
+    monkeypatch.setattr(quantize_stage, "audit_or_raise", refuse)
     assert "after the first block" in judge.judge([TROUBLES["no_metadata"]]).problem

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from packager.errors import MachineError
 from packager.model.packing import CheckpointReader
-from packager.pipeline import flow, stages
+from packager.pipeline import evaluate_stage, flow
 from packager.pipeline.build_state import BuildState
 from packager.pipeline.flow import BuildResult
 from packager.pipeline.plan import make_plan
@@ -428,7 +428,7 @@ def test_variants_are_measured_within_the_limit_and_none_is_held_while_the_next_
         yield
         limits.clear()
 
-    monkeypatch.setattr(stages, "limit_gpu_memory", limited)
+    monkeypatch.setattr(evaluate_stage, "limit_gpu_memory", limited)
 
     def watched(*args: Any) -> Any:
         assert limits == [((torch.device("cpu"),), 5 * 10**9)]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from packager.errors import LoaderError, MachineError, PublishError
 from packager.model import devices
 from packager.model.fused_blocks import FusedModules
-from packager.pipeline import flow, stages
+from packager.pipeline import build_state, flow, quantize_stage
 from packager.pipeline.build_state import BuildState
 from packager.pipeline.flow import BuildResult
 from packager.pipeline.plan import make_plan
@@ -232,7 +232,8 @@ def test_the_seconds_of_a_stage_are_those_of_one_recipe(tmp_path: Path) -> None:
 def test_a_receipt_has_the_largest_memory_of_all_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, dist = tiny_recipe.write_all(tmp_path), tmp_path / "dist"
     peaks = iter([100] * len(BRANCHES) + [500] * len(BRANCHES) + [300] * len(BRANCHES))
-    monkeypatch.setattr(stages, "peak_memory_bytes", lambda: next(peaks))
+    for module in (quantize_stage, build_state):
+        monkeypatch.setattr(module, "peak_memory_bytes", lambda: next(peaks))
     result = tiny_recipe.build(recipe, dist)
     assert [receipt.peak_memory_bytes for receipt in result.receipts] == [500] * len(BRANCHES)
 
@@ -335,7 +336,9 @@ def test_a_renamed_variant_of_auto_gptq_needs_no_gpu(tmp_path: Path, monkeypatch
     recipe, dist = tiny_recipe.write_all(tmp_path), tmp_path / "dist"
     tiny_recipe.build(recipe, dist)
     monkeypatch.setattr("packager.quantize.engines.needs_cuda", lambda _: True)
-    monkeypatch.setattr("packager.pipeline.stages.engine_named", lambda *_: pytest.fail("an engine was started"))
+    monkeypatch.setattr(
+        "packager.pipeline.quantize_stage.engine_named", lambda *_: pytest.fail("an engine was started")
+    )
     renamed = tiny_recipe.write_recipe(tmp_path, {"repository.id": "tester/other"})
     assert tiny_recipe.build(renamed, dist).quantized == ()
     other = tiny_recipe.write_recipe(tmp_path, {"repository.id": "tester/other", "calibration.seed": 7})
@@ -397,8 +400,8 @@ def test_only_our_engine_runs_our_kernels(tmp_path: Path, monkeypatch: pytest.Mo
 
         return SimpleNamespace(quantize=quantize)
 
-    monkeypatch.setattr(stages, "engine_named", engine)
-    monkeypatch.setattr(stages, "require_engines", lambda *_: None)
+    monkeypatch.setattr(quantize_stage, "engine_named", engine)
+    monkeypatch.setattr(quantize_stage, "require_engines", lambda *_: None)
     recipe = tiny_recipe.write_all(
         tmp_path, {"variants": [{"branch": MAIN}, {"branch": "theirs", "engine": "auto-gptq", "scale_search": False}]}
     )

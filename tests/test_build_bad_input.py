@@ -34,7 +34,7 @@ from packager.errors import (
 from packager.pipeline import flow
 from packager.pipeline.build_state import BuildState
 from packager.pipeline.plan import make_plan
-from packager.pipeline.stages import quantize_and_pack
+from packager.pipeline.quantize_stage import quantize_and_pack
 from packager.pipeline.workspace import Workspace
 from packager.quantize.block_store import BlockStore
 from packager.quantize.engines import ENGINE_VERSION

@@ -13,9 +13,9 @@ from rich.console import Console
 from packager.cli.plan_view import build_plan_json as plan_json
 from packager.cli.plan_view import print_build_plan as print_plan
 from packager.errors import MachineError, PlanError, RecipeError
-from packager.pipeline.build_state import stage_keys
 from packager.pipeline.plan import make_plan
 from packager.pipeline.release import cannot_build
+from packager.pipeline.stage_keys import stage_keys
 from packager.quantize.engines import auto_gptq, engine_problems, legacy_config
 from packager.recipe.file import RecipeFile
 from tests import tiny_recipe

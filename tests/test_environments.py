@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from packager.errors import LoaderError, LoaderUnavailableError, MachineError
-from packager.pipeline import build_state
+from packager.pipeline import stage_keys
 from packager.prove import environments, shared_torch
 from packager.prove.environments import RuntimeContext, ensure_environment, environment_name
 from packager.prove.loaders import ISOLATED, LOADERS, LoaderSpec
@@ -531,12 +531,12 @@ def test_functions_of_several_scripts_are_written_once() -> None:
 
 
 def test_the_shared_module_is_part_of_the_scripts_digest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    before = build_state._program_digests(LOADERS["autogptq"]), auto_gptq_files.auto_gptq_digest()
+    before = stage_keys._program_digests(LOADERS["autogptq"]), auto_gptq_files.auto_gptq_digest()
     changed = tmp_path / "packager_isolated.py"
     changed.write_text(ISOLATED.read_text() + "# changed\n")
-    monkeypatch.setattr(build_state, "ISOLATED", changed)
+    monkeypatch.setattr(stage_keys, "ISOLATED", changed)
     monkeypatch.setattr(auto_gptq_files, "ISOLATED", changed)
-    assert build_state._program_digests(LOADERS["autogptq"]) != before[0]
+    assert stage_keys._program_digests(LOADERS["autogptq"]) != before[0]
     assert auto_gptq_files.auto_gptq_digest() != before[1]
 
 

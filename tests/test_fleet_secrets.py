@@ -29,7 +29,7 @@ from packager.errors import MachineError, PublishError
 from packager.fleet.fleet_release import FleetSettings
 from packager.fleet.ray_fleet import RayFleet
 from packager.fleet.worker import TaskCall, TaskOrder
-from packager.pipeline.build_state import Options
+from packager.pipeline.build_options import Options
 from packager.pipeline.many_recipes import RecipeResult, Results
 from packager.pipeline.release import ReleaseChecks, wanted_recipes
 from packager.publish.sign_release import SigningKeys

@@ -202,7 +202,7 @@ def test_a_wrong_byte_that_is_found_late_ends_the_build_before_it_packs(
     hub_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(base_model_origin.BaseOrigin, "watch", lambda _: None)
-    monkeypatch.setattr("packager.pipeline.stages._packed", lambda *_: pytest.fail("packed"))
+    monkeypatch.setattr("packager.pipeline.quantize_stage._packed", lambda *_: pytest.fail("packed"))
     with pytest.raises(SourceError, match="a downloaded file is damaged"):
         build(hub_recipe, tmp_path / "dist", capsys)
 

@@ -9,8 +9,8 @@ import jsonschema
 import pytest
 
 from packager.errors import PlanError, RecipeError
-from packager.pipeline.build_state import stage_keys
 from packager.pipeline.plan import chosen_variants, make_plan
+from packager.pipeline.stage_keys import stage_keys
 from packager.recipe import Recipe
 from packager.recipe.file import RecipeFile, extended_files, load_recipe
 from packager.recipe.schema import recipe_schema

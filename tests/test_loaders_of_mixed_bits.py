@@ -22,7 +22,7 @@ from packager.model.compatibility import verdicts
 from packager.model.packing import CheckpointReader
 from packager.model.runtimes import LoaderName
 from packager.pipeline import flow
-from packager.pipeline.build_state import Options
+from packager.pipeline.build_options import Options
 from packager.prove.declared import declared_checkpoint
 from packager.prove.environments import RuntimeContext, ensure_environment
 from packager.prove.loaders import LOADERS

@@ -11,9 +11,10 @@ from typer.testing import CliRunner, Result
 from packager.cli.main import app
 from packager.errors import PublishError, RecipeError
 from packager.pipeline import flow
-from packager.pipeline.build_state import STAGES, BuildState
+from packager.pipeline.build_state import BuildState
 from packager.pipeline.many_recipes import recipes_among
 from packager.pipeline.plan import chosen_variants
+from packager.pipeline.stage_keys import STAGES
 from packager.receipt import README
 from packager.recipe.file import RecipeFile
 from packager.system.terminal import Terminal

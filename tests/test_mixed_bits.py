@@ -20,7 +20,7 @@ from packager.model.compatibility import verdicts
 from packager.model.lock import LockedExperts
 from packager.model.packing import CheckpointReader
 from packager.model.runtime_architectures import FUSED_LINEARS
-from packager.pipeline import flow, stages
+from packager.pipeline import flow, quantize_stage
 from packager.pipeline.plan import make_plan
 from packager.pipeline.variant_plan import VariantPlan, mix_problems, with_chosen_bits
 from packager.prove.audit import audit
@@ -354,7 +354,7 @@ def test_another_mean_measures_nothing_again(
     content["variants"][1]["mix"]["mean"] = 6
     recipe.write_text(json.dumps(content))
     needed: list[int] = []
-    monkeypatch.setattr(stages, "check_disk", lambda _, needed_bytes: needed.append(needed_bytes))
+    monkeypatch.setattr(quantize_stage, "check_disk", lambda _, needed_bytes: needed.append(needed_bytes))
     result, messages = build(recipe, capsys)
     assert needed == [mixed_plan(RecipeFile.load(recipe)).weights_bytes], "nothing for losses that are kept"
     assert result.quantized == result.packed == (MIXED,)
@@ -384,7 +384,7 @@ def test_a_killed_build_goes_on_and_makes_the_same_bytes(
     def killed(*_: object) -> VariantPlan:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stages, "with_bits", killed)
+    monkeypatch.setattr(quantize_stage, "with_bits", killed)
     with pytest.raises(KeyboardInterrupt):
         build(recipe, capsys)
     assert "mixed at 8 bits block 3/3" in capsys.readouterr().err

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from packager.pipeline import build_state, pack, stages
+from packager.pipeline import evaluate_stage, pack, quantize_stage, stage_keys
 from packager.pipeline.plan import make_plan
-from packager.pipeline.stages import peak_memory_bytes
 from packager.prove import evaluate
 from packager.quantize.engines import engine_named
 from packager.receipt import EVALUATION_VERSION, QualityRecord
 from packager.recipe.file import RecipeFile
+from packager.system.host_memory import peak_memory_bytes
 from tests import tiny_recipe
 
 
@@ -31,9 +31,9 @@ def test_new_figures_are_measured_again_and_nothing_else_is_done_again(
 ) -> None:
     recipe_file = RecipeFile.load(tiny_recipe.write_all(tmp_path))
     plan = make_plan(recipe_file).variants[0]
-    before = build_state.stage_keys(recipe_file, plan)
-    monkeypatch.setattr(build_state, "EVALUATION_VERSION", EVALUATION_VERSION + 1)
-    after = build_state.stage_keys(recipe_file, plan)
+    before = stage_keys.stage_keys(recipe_file, plan)
+    monkeypatch.setattr(stage_keys, "EVALUATION_VERSION", EVALUATION_VERSION + 1)
+    after = stage_keys.stage_keys(recipe_file, plan)
     assert [stage for stage in before if before[stage] != after[stage]] == ["evaluate"]
 
 
@@ -57,7 +57,8 @@ def test_a_receipt_has_the_seconds_of_its_own_variant_and_its_damping(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock, spent = ThreadClock(), dict(zip(tiny_recipe.BRANCHES, (10.0, 200.0, 3000.0), strict=True))
-    monkeypatch.setattr(stages, "time", clock)
+    for module in (quantize_stage, evaluate_stage):
+        monkeypatch.setattr(module, "time", clock)
     pack_checkpoint, run_checkpoint = pack.pack_checkpoint, evaluate.run_checkpoint
 
     def slow_pack(job: pack.PackJob) -> object:
@@ -90,7 +91,7 @@ def test_a_receipt_has_the_seconds_of_its_own_variant_and_its_damping(
 
     monkeypatch.setattr(pack, "pack_checkpoint", slow_pack)
     monkeypatch.setattr(evaluate, "run_checkpoint", slow_run)
-    monkeypatch.setattr(stages, "engine_named", engine)
+    monkeypatch.setattr(quantize_stage, "engine_named", engine)
     result = tiny_recipe.build(tiny_recipe.write_all(tmp_path), tmp_path / "dist")
     found = {receipt.provenance.branch: receipt for receipt in result.receipts}
     for branch, seconds in spent.items():

@@ -13,7 +13,7 @@ from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from packager.pipeline import flow
-from packager.pipeline.build_state import Options
+from packager.pipeline.build_options import Options
 from packager.pipeline.flow import BuildResult
 from packager.pipeline.workspace import Workspace
 from packager.publish.branches import PublishReport

@@ -90,7 +90,7 @@ def evaluate(job: Job) -> dict[str, Any]:
         watch = Stopwatch(job["device"])
         host_before = _resident_bytes()
         with watch, ModelTimes() as times:
-            measured = need("packager.pipeline.stages").evaluate(build)
+            measured = need("packager.pipeline.evaluate_stage").evaluate(build)
     planned = getattr(build.plan.evaluation, "gpu" if job["device"] == "cuda" else "cpu")
     return {
         **watch.outcome(),

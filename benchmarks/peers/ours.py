@@ -34,7 +34,7 @@ def quantize(job: Job) -> dict[str, Any]:
         with build.workspace.locked():
             build.read_receipts()
             _ = build.source, build.texts  # read now, so that they are stages of their own
-            need("packager.pipeline.stages").quantize_and_pack(build)
+            need("packager.pipeline.quantize_stage").quantize_and_pack(build)
     packed = [receipt.seconds["pack"] for receipt in build.ordered_receipts() if "pack" in receipt.seconds]
     stages |= terminal.seconds
     if packed:
@@ -59,7 +59,9 @@ def build_of(job: Job, terminal: Any) -> BuildState:
     recipe_file = need("packager.recipe.file").RecipeFile.load(Path(job["recipe"]))
     limit = {} if job["gpu_memory_bytes"] is None else {"gpu_memory_bytes": job["gpu_memory_bytes"]}
     dist = Path(job["dist"])
-    options = state.Options(dist=dist, cache=dist / "cache", device=job["device"], environ=dict(os.environ), **limit)
+    options = need("packager.pipeline.build_options").Options(
+        dist=dist, cache=dist / "cache", device=job["device"], environ=dict(os.environ), **limit
+    )
     build: BuildState = state.BuildState(recipe_file, options, terminal)
     return build
 

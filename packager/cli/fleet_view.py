@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from packager.fleet.fleet_release import OpenExecutor
     from packager.fleet.fleet_run import FleetRow
     from packager.fleet.windows import Limits
-    from packager.pipeline.build_state import Options
+    from packager.pipeline.build_options import Options
     from packager.pipeline.many_recipes import RecipeResult
     from packager.pipeline.release import ReleaseChecks
     from packager.system.terminal import Terminal

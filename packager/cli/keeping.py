@@ -9,7 +9,7 @@ from packager.cli.tables import print_line
 from packager.errors import UsageError
 
 if TYPE_CHECKING:
-    from packager.pipeline.build_state import Options
+    from packager.pipeline.build_options import Options
     from packager.pipeline.keep_sections import KeptSections
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from packager.pipeline.build_state import Options
+    from packager.pipeline.build_options import Options
     from packager.recipe.file import RecipeFile
     from packager.system.terminal import Terminal
 
@@ -154,7 +154,7 @@ def trial_dist(dist: Path, settings: Sequence[str]) -> Path:
 
 def options_of(dist: Path, device: Device, cache: Path | None, gpu_memory: int | None = None) -> "Options":
     """Return the options of a command, with the environment of this process."""
-    from packager.pipeline.build_state import Options, default_cache
+    from packager.pipeline.build_options import Options, default_cache
 
     return Options(
         dist=dist,

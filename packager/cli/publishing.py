@@ -247,7 +247,7 @@ def verify_published_command(
 
 
 def _runtime_context(cache: Path | None, terminal: "Terminal") -> "RuntimeContext":
-    from packager.pipeline.build_state import require_build_extra
+    from packager.pipeline.build_extra import require_build_extra
     from packager.prove.environments import RuntimeContext
 
     require_build_extra()

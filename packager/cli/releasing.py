@@ -42,7 +42,7 @@ from packager.cli.signing import SignKeyOption, TrustedKeyOption, signing_keys
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from packager.pipeline.build_state import Options
+    from packager.pipeline.build_options import Options
     from packager.pipeline.many_recipes import RecipeResult
     from packager.pipeline.release import ReleaseChecks
     from packager.system.terminal import Terminal

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from packager.card.floor import far_lines, floor_lines
 from packager.cli.tables import add_row, fits, new_table, print_line, width_of
-from packager.pipeline.build_state import Options
+from packager.pipeline.build_options import Options
 from packager.pipeline.running import RunningBuild
 from packager.pipeline.status import BranchStatus, read_status, running_build
 from packager.receipt import LoaderRecord, Receipt

@@ -40,7 +40,7 @@ def run_one_task() -> None:
 
 def _run(call: "TaskCall", terminal: "Terminal", trusted: Sequence[Path]) -> None:
     from packager.fleet.worker import drop_recipes, run_task
-    from packager.pipeline.build_state import Options, default_cache
+    from packager.pipeline.build_options import Options, default_cache
 
     order, folder = call.order, Path(call.folder)
     drop_recipes(folder, call.drop)

@@ -10,7 +10,8 @@ from packager.fleet.fleet_run import LOOK_S, FleetRow, FleetRun
 from packager.fleet.scheduler import Policy
 from packager.fleet.tasks import Executor
 from packager.fleet.worker import TaskOrder
-from packager.pipeline.build_state import BuildState, Options
+from packager.pipeline.build_options import Options
+from packager.pipeline.build_state import BuildState
 from packager.pipeline.many_recipes import RecipeResult, Results
 from packager.pipeline.release import ReleaseChecks, wanted_recipes
 from packager.system.terminal import Terminal

@@ -16,7 +16,7 @@ from packager.fleet.leases import Lease
 from packager.fleet.recipe_state import read_recipe_state
 from packager.fleet.store import Store
 from packager.fleet.tasks import QueueState
-from packager.pipeline.build_state import Options
+from packager.pipeline.build_options import Options
 from packager.pipeline.compare_published import compare_published
 from packager.pipeline.many_recipes import recipes_among
 from packager.pipeline.plan import make_plan

@@ -15,13 +15,17 @@ from packager.fleet.shared_work import SharedWork
 from packager.fleet.tasks import TaskStage
 from packager.inputs.source_files import list_source_files, read_small
 from packager.model.devices import DeviceChoice
-from packager.pipeline.build_state import STAGES, BuildState, Options
+from packager.pipeline.build_options import Options
+from packager.pipeline.build_state import BuildState
 from packager.pipeline.card_texts import read_card_texts, read_own_templates
 from packager.pipeline.cards import render_cards
+from packager.pipeline.evaluate_stage import evaluate
 from packager.pipeline.flow import publish, raise_failed
+from packager.pipeline.quantize_stage import quantize_and_pack
 from packager.pipeline.running import shown_while_running
-from packager.pipeline.stages import evaluate, quantize_and_pack, run_loaders
+from packager.pipeline.stage_keys import STAGES
 from packager.pipeline.task_stage import check_task_files, run_tasks
+from packager.pipeline.verify_stage import run_loaders
 from packager.pipeline.workspace import Workspace
 from packager.publish.sign_release import SigningKeys
 from packager.receipt import digest_of

@@ -6,30 +6,26 @@ unchanged is not run again; that decision needs neither torch nor a network.
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from packager.errors import MachineError
 from packager.inputs.source_files import list_source_files
 from packager.inputs.weights_digests import long_to_hash
-from packager.model.branch_rules import BRANCH_RULES_VERSION
-from packager.model.devices import DeviceChoice, choose_device, device_type, same_devices
+from packager.model.devices import choose_device, device_type, same_devices
 from packager.pipeline.branch_files import check_small_files
+from packager.pipeline.build_options import Options
 from packager.pipeline.pack import is_packed
 from packager.pipeline.plan import chosen_variants, make_plan
+from packager.pipeline.stage_keys import StageName, base_digests, input_digests, stage_keys
 from packager.pipeline.variant_plan import VariantPlan
 from packager.pipeline.workspace import Workspace, check_folder
 from packager.prove.environments import RuntimeContext, waits_for_request
-from packager.prove.loaders import ISOLATED, LoaderSpec
 from packager.prove.other_loader import loader_spec
-from packager.receipt import EVALUATION_VERSION, PROVENANCE, README, Receipt, digest_of
-from packager.recipe.fields import DRAWING_VERSION
+from packager.receipt import PROVENANCE, README, Receipt
 from packager.recipe.file import RecipeFile
-from packager.recipe.task_models import EvaluationTask
-from packager.system.files import file_records, sha256_file
+from packager.system.host_memory import peak_memory_bytes
 from packager.system.parallel import in_parallel
 from packager.system.terminal import Terminal
 from packager.system.text import format_bytes
@@ -40,35 +36,6 @@ if TYPE_CHECKING:
     from packager.inputs.base_model import SourceModel
     from packager.inputs.texts import TextSets
     from packager.quantize.block_store import BlockCopies
-
-StageName = Literal["weights", "evaluate", "verify", "tasks"]
-STAGES: tuple[StageName, ...] = ("weights", "evaluate", "verify", "tasks")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """The options of the command line that a build needs.
-
-    Attributes:
-        dist: output folder.
-        cache: where loader environments are kept.
-        device: where to compute.
-        environ: the process environment, for the loaders' processes.
-        gpu_memory_bytes: how much of each GPU quantizing and measuring may use; None for what is free.
-        local_target: the output folder whose `hub` has what is published locally; None for `dist`.
-    """
-
-    dist: Path
-    cache: Path
-    device: DeviceChoice
-    environ: Mapping[str, str]
-    gpu_memory_bytes: int | None = None
-    local_target: Path | None = None
-
-
-def default_cache(environ: Mapping[str, str]) -> Path:
-    """Return the folder of the loaders' environments where none is named."""
-    return Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptq-packager"
 
 
 class BuildState:
@@ -223,6 +190,28 @@ class BuildState:
         self.receipts[branch] = receipt
         self.workspace.write_receipt(receipt)
 
+    def update_receipt(
+        self, branch: str, stage: StageName, seconds: float, fields: Mapping[str, object], **beside: object
+    ) -> None:
+        """Write a stage's results into a variant's receipt.
+
+        Args:
+            branch: of the variant.
+            stage: is done with the present inputs.
+            seconds: it took.
+            fields: of the receipt's provenance.
+            beside: fields of the receipt beside its provenance.
+        """
+        receipt = self.receipts[branch]
+        changes = {
+            "provenance": receipt.provenance.model_copy(update=fields),
+            "stages": {**receipt.stages, stage: self.keys[branch][stage]},
+            "seconds": {**receipt.seconds, stage: round(seconds, 3)},
+            "peak_memory_bytes": max(receipt.peak_memory_bytes, peak_memory_bytes()),
+            **beside,
+        }
+        self.keep(receipt.model_copy(update=changes))
+
     @property
     def source(self) -> "SourceModel":
         """The base model, opened when first needed."""
@@ -266,98 +255,6 @@ class BuildState:
         return same_devices(self.device)
 
 
-@dataclass(frozen=True, kw_only=True)
-class InputDigests:
-    """The digests of the files on this machine that determine the result of a build, for the keys of its stages.
-
-    Attributes:
-        base: of the files of a local base model, without licences: no stage but the card reads them. Files on the Hub
-            are identified by their commit.
-        texts: of the calibration.
-        evaluation: of the text, and of the questions; "" where there is none.
-        loaders: of each loader of the recipe: its script, the module that all scripts share, and its lock.
-        tasks: of each task of the recipe: its definition and its documents.
-        task_programs: what `loaders` has of a loader, of the program that runs the tasks.
-    """
-
-    base: Mapping[str, str]
-    texts: tuple[str, ...]
-    evaluation: tuple[str, str]
-    loaders: tuple[tuple[str, ...], ...]
-    tasks: tuple[tuple[str, ...], ...]
-    task_programs: tuple[str, ...]
-
-
-def input_digests(recipe_file: RecipeFile, base: Mapping[str, str]) -> InputDigests:
-    """Hash the files that a recipe names, but for the base model's, whose digests are given."""
-    recipe = recipe_file.recipe
-    evaluation, loaders = recipe.evaluation, recipe.loaders
-    if evaluation.tasks:
-        from packager.prove.tasks import TASKS_SPEC  # most recipes have none
-
-        task_programs = _program_digests(TASKS_SPEC)
-    else:
-        task_programs = ()
-    return InputDigests(
-        base=base,
-        texts=tuple(_local_digest(recipe_file, text.path) for text in recipe.calibration.texts),
-        evaluation=(_local_digest(recipe_file, evaluation.path), _local_digest(recipe_file, evaluation.questions)),
-        loaders=tuple(_program_digests(loader_spec(name)) for name in (*loaders.required, *loaders.if_available)),
-        tasks=tuple(
-            tuple(_local_digest(recipe_file, name) for name in (task.definition, *_documents(task)))
-            for task in evaluation.tasks
-        ),
-        task_programs=task_programs,
-    )
-
-
-def _documents(task: EvaluationTask) -> tuple[str | None, ...]:
-    return tuple(data.path for data in task.sources.values())
-
-
-def base_digests(recipe_file: RecipeFile) -> dict[str, str]:
-    """Hash the files of a local base model; {} for one on the Hub."""
-    base = recipe_file.recipe.base_model
-    if base.path is None:
-        return {}
-    files = list_source_files(recipe_file.base_folder(base.path))
-    return {path.name: record.sha256 for path, record in file_records(files.paths).items()}
-
-
-def stage_keys(
-    recipe_file: RecipeFile, variant_plan: VariantPlan, inputs: InputDigests | None = None
-) -> dict[str, str]:
-    """Return, for each stage, the digest of everything that determines its result (no torch, no network).
-
-    "quantize" is the key of the quantized tensors, "weights" that of the packed files.
-
-    Args:
-        recipe_file: the recipe.
-        variant_plan: the variant.
-        inputs: the digests of the files that the recipe names; None: they are hashed now.
-    """
-    recipe = recipe_file.recipe
-    inputs = inputs or input_digests(recipe_file, base_digests(recipe_file))
-    quantized = digest_of([variant_plan.digest, inputs.base, list(inputs.texts)])
-    # Packing adds: the repository's id in quantize_config.json, the names and the sizes of the weights files, and the
-    # rules for the branch's configs.
-    packed = [recipe.repository.id, recipe.checkpoint.model_dump(mode="json"), BRANCH_RULES_VERSION]
-    weights = digest_of([quantized, *packed])
-    evaluation = recipe.evaluation
-    held_out = digest_of([quantized, DRAWING_VERSION, evaluation.text(), *inputs.evaluation])
-    measured = digest_of([held_out, EVALUATION_VERSION])
-    verified = digest_of([held_out, weights, recipe.loaders.model_dump(mode="json"), list(map(list, inputs.loaders))])
-    keys = {"quantize": quantized, "weights": weights, "evaluate": measured, "verify": verified}
-    if not evaluation.tasks:
-        return keys
-    from packager.prove.task_figures import TASK_FIGURES_VERSION  # most recipes have no task
-
-    # Where a score is written to does not change it.
-    asked = [task.model_dump(mode="json", exclude={"leaderboard"}) for task in evaluation.tasks]
-    files, programs = (list(map(list, inputs.tasks)), list(inputs.task_programs))
-    return keys | {"tasks": digest_of([weights, TASK_FIGURES_VERSION, asked, files, programs])}
-
-
 def _bytes_in(folder: Path) -> int:
     """Return the approximate size of a folder's files: other processes may write there."""
     size_bytes = 0
@@ -365,27 +262,3 @@ def _bytes_in(folder: Path) -> int:
         for path in folder.rglob("*"):
             size_bytes += path.lstat().st_size
     return size_bytes
-
-
-def _program_digests(spec: LoaderSpec) -> tuple[str, ...]:
-    return tuple(sha256_file(path) for path in (spec.script, ISOLATED, spec.requirements))
-
-
-def _local_digest(recipe_file: RecipeFile, name: str | None) -> str:
-    return sha256_file(recipe_file.resolve(name)) if name is not None else ""
-
-
-def require_build_extra(work: str = "building") -> None:
-    """Raise MachineError unless the packages of the `build` extra are installed, which `work` needs."""
-    lacking = []
-    for name in ("torch", "transformers", "safetensors", "greenlet", "matplotlib"):
-        try:
-            metadata.version(name)
-        except metadata.PackageNotFoundError:
-            lacking.append(name)
-    if lacking:
-        raise MachineError(
-            f"{work} needs packages that are not installed",
-            why=f"missing: {', '.join(lacking)}",
-            hint="pip install 'gptq-packager[build]'",
-        )

@@ -15,7 +15,8 @@ from packager.card.plot import PLOT_VERSION, Plot, draw_picture, plot_of
 from packager.card.sections import SECTIONS, SplitPage, section_text, split_page
 from packager.card.task_scores import leaderboard_files
 from packager.errors import CardError, StateError
-from packager.pipeline.build_state import BuildState, Options
+from packager.pipeline.build_options import Options
+from packager.pipeline.build_state import BuildState
 from packager.pipeline.card_texts import read_card_texts, read_own_templates
 from packager.pipeline.pack import is_packed
 from packager.pipeline.prompting import prompting_of

@@ -12,7 +12,8 @@ from typing import Any, Final, Literal
 from pydantic import ValidationError
 
 from packager.model.checkpoint import MOST_RECORD_BYTES
-from packager.pipeline.build_state import BuildState, Options
+from packager.pipeline.build_options import Options
+from packager.pipeline.build_state import BuildState
 from packager.publish.targets import BranchState, Target, read_local_file
 from packager.publish.targets.resolve_target import target_of
 from packager.receipt import PROVENANCE, README, UNLISTED_FILES, Provenance, QualityRecord

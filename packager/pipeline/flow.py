@@ -12,15 +12,19 @@ from pathlib import Path
 
 from packager.card.floor import allowed_below, far_lines, floor_lines, floor_problems
 from packager.errors import LoaderError, MachineError, PublishError
-from packager.pipeline.build_state import STAGES, BuildState, Options, StageName
+from packager.pipeline.build_options import Options
+from packager.pipeline.build_state import BuildState
 from packager.pipeline.cards import refuse_edited_cards, render_cards
 from packager.pipeline.commit_messages import CommitMessages
+from packager.pipeline.evaluate_stage import evaluate
 from packager.pipeline.keep_sections import refuse_lost_sections
 from packager.pipeline.plan import chosen_variants
+from packager.pipeline.quantize_stage import quantize_and_pack
 from packager.pipeline.running import shown_while_running
 from packager.pipeline.saved_publish import PlanFile, PlannedPublish
-from packager.pipeline.stages import evaluate, quantize_and_pack, run_loaders
+from packager.pipeline.stage_keys import STAGES, StageName
 from packager.pipeline.task_stage import check_task_files, run_tasks
+from packager.pipeline.verify_stage import run_loaders
 from packager.pipeline.workspace import audit_or_raise
 from packager.publish.after_publish import FinalStep, ReleaseTag
 from packager.publish.branches import BranchContent, PublishReport, publish_branches

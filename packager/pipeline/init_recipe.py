@@ -13,7 +13,7 @@ from packager.inputs.named_model import NamedModel
 from packager.model.architecture import architecture_of
 from packager.model.lock import Lock, LockedModel
 from packager.pipeline.branch_files import check_small_files
-from packager.pipeline.build_state import require_build_extra
+from packager.pipeline.build_extra import require_build_extra
 from packager.pipeline.draft_recipe import Wishes, draft_recipe, notes_on
 from packager.pipeline.plan import BuildPlan, make_plan
 from packager.recipe.draft import draft_text

@@ -20,7 +20,8 @@ from packager.card.sections import (
     section_problems,
 )
 from packager.errors import CardError, PublishError, RecipeError, StateError
-from packager.pipeline.build_state import BuildState, Options
+from packager.pipeline.build_options import Options
+from packager.pipeline.build_state import BuildState
 from packager.pipeline.cards import MOST_PAGE_BYTES, card_page, keep_command, read_page, written_sections
 from packager.pipeline.compare_published import published_record
 from packager.prove.audit.card import words_problems

@@ -11,7 +11,7 @@ from packager.inputs.make_lock import make_lock
 from packager.model.architecture import architecture_of
 from packager.model.lock import Lock, LockedModel
 from packager.pipeline.branch_files import check_small_files
-from packager.pipeline.build_state import require_build_extra
+from packager.pipeline.build_extra import require_build_extra
 from packager.recipe import Recipe
 from packager.recipe.file import load_recipe
 from packager.recipe.lock_file import lock_path, lock_text

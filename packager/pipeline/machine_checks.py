@@ -22,7 +22,7 @@ from packager.errors import LoaderError, MachineError, SourceError
 from packager.inputs.hub_account import HubAccount, has_token, hub_account
 from packager.inputs.hub_cache import is_offline
 from packager.model.devices import choose_device
-from packager.pipeline.build_state import require_build_extra
+from packager.pipeline.build_extra import require_build_extra
 from packager.prove.environments import READY, environment_name, environments_folder, is_ready
 from packager.prove.loaders import LOADERS
 from packager.prove.other_loader import installed_loaders, loader_spec

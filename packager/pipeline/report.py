@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from packager.errors import PublishError, StateError
-from packager.pipeline.build_state import Options
+from packager.pipeline.build_options import Options
 from packager.pipeline.compare_published import BranchDifference, compare_published
 from packager.receipt import Receipt
 from packager.recipe.file import RecipeFile

@@ -4,8 +4,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from packager.errors import StateError
-from packager.pipeline.build_state import STAGES, BuildState, Options, StageName
+from packager.pipeline.build_options import Options
+from packager.pipeline.build_state import BuildState
 from packager.pipeline.running import RunningBuild, read_running
+from packager.pipeline.stage_keys import STAGES, StageName
 from packager.pipeline.workspace import Workspace
 from packager.publish.targets import BranchState
 from packager.publish.targets.resolve_target import target_of

@@ -16,8 +16,8 @@ from packager.errors import CalibrationError, MachineError, RecipeError
 from packager.inputs.base_model import SourceModel
 from packager.inputs.dataset_files import download_split
 from packager.inputs.linked_weights import link_weights
-from packager.pipeline.build_state import BuildState, require_build_extra
-from packager.pipeline.stages import update_receipt
+from packager.pipeline.build_extra import require_build_extra
+from packager.pipeline.build_state import BuildState
 from packager.pipeline.variant_plan import VariantPlan
 from packager.prove.environments import environment_name
 from packager.prove.tasks import TASKS_SPEC, ModelScores, TaskInput, TasksModel, measure_tasks, task_records
@@ -58,7 +58,7 @@ def run_tasks(run: BuildState) -> tuple[str, ...]:
             branch, started = variant_plan.variant.branch, time.monotonic()
             if refusal := _refusal(variant_plan):
                 run.terminal.log(f"{branch}: its tasks are not measured: {refusal}")
-                update_receipt(run, branch, "tasks", 0.0, {"tasks": ()})
+                run.update_receipt(branch, "tasks", 0.0, {"tasks": ()})
                 bar.step(branch)
                 continue
             receipt = run.receipts[branch]
@@ -69,7 +69,7 @@ def run_tasks(run: BuildState) -> tuple[str, ...]:
                 weights_sha256={name: record.sha256 for name, record in receipt.provenance.weights_files.items()},
             )
             records = task_records(inputs, measure_tasks(model, inputs, run.device.type, context), base, branch)
-            update_receipt(run, branch, "tasks", time.monotonic() - started, {"tasks": records})
+            run.update_receipt(branch, "tasks", time.monotonic() - started, {"tasks": records})
             bar.step(f"{branch} {', '.join(f'{record.name} {record.score:.4f}' for record in records)}")
     return tuple(variant_plan.variant.branch for variant_plan in missing)
 

@@ -1,5 +1,6 @@
-"""How much memory this machine has to give, containers' limits included."""
+"""The host's memory: what this machine has to give, containers' limits included, and the peak of this process."""
 
+import sys
 from pathlib import Path
 
 _MEMINFO = Path("/proc/meminfo")
@@ -22,6 +23,14 @@ def available_bytes(meminfo: Path = _MEMINFO, cgroup: Path = _CGROUP) -> int | N
     if limit is None or used is None:
         return available
     return min(available, max(0, limit - used + (_page_cache(cgroup) or 0)))
+
+
+def peak_memory_bytes() -> int:
+    """Return the largest resident size this process has had."""
+    import resource  # POSIX only: importing this module works everywhere
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _number(path: Path) -> int | None:

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from packager.errors import PackagerError, RecipeError
 from packager.inputs import describe_in_child
 from packager.inputs.limits import ModelProcess
-from packager.pipeline import flow, stages
+from packager.pipeline import flow, quantize_stage
 from packager.pipeline.lock_recipes import lock_recipes
 from packager.prove import evaluate
 from packager.recipe.file import RecipeFile
@@ -84,7 +84,9 @@ class Judge:
             self.scene = Scene(self._folder / "scene")
             stack.enter_context(_shared_process())
             stack.enter_context(patch.object(describe_in_child, "_run", _described_here))
-            stack.enter_context(patch.object(stages, "_quantize", self._noting_quantize(stages._quantize)))
+            stack.enter_context(
+                patch.object(quantize_stage, "_quantize", self._noting_quantize(quantize_stage._quantize))
+            )
             stack.enter_context(patch.object(evaluate, "run_base", self._noting_texts(evaluate.run_base)))
             self._stack = stack.pop_all()
         return self

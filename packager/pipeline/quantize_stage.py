@@ -1,19 +1,18 @@
-"""The stages of a build, each bringing the variants that lack it up to date and writing their receipts.
+"""Stages 3 to 6: open the base model, tokenize, quantize and pack the variants whose weights are missing.
 
-Their order is in `flow.py`; torch is imported only when there is work to do.
+torch is imported only when there is work to do.
 """
 
 import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from packager.errors import PackError, StateError
-from packager.model.devices import device_name, limit_gpu_memory
+from packager.model.devices import device_name
 from packager.pipeline.base_model_origin import BaseOrigin
-from packager.pipeline.build_state import BuildState, StageName, require_build_extra
+from packager.pipeline.build_extra import require_build_extra
+from packager.pipeline.build_state import BuildState
 from packager.pipeline.cards import refuse_edited_card
 from packager.pipeline.earlier_builds import EarlierBuild, copy_blocks, find_earlier, with_earlier_facts
 from packager.pipeline.mixed_bits import block_fingerprint, keep_losses, widths_to_measure, with_bits
@@ -21,9 +20,10 @@ from packager.pipeline.variant_plan import VariantPlan
 from packager.pipeline.workspace import audit_or_raise, check_folder
 from packager.quantize.engines import engine_named, require_engines
 from packager.quantize.engines.protocol import EngineResult
-from packager.receipt import FileRecord, FusedRecord, LoaderRecord, Provenance, Receipt
+from packager.receipt import FileRecord, FusedRecord, Provenance, Receipt
 from packager.system.files import check_disk, replace_folder
 from packager.system.heap import return_large_blocks
+from packager.system.host_memory import peak_memory_bytes
 from packager.system.parallel import in_parallel
 
 if TYPE_CHECKING:
@@ -52,7 +52,8 @@ def quantize_and_pack(run: BuildState) -> tuple[tuple[str, ...], tuple[str, ...]
     if new:
         require_engines((variant_plan.variant.engine for variant_plan in new), run.device.type)
     check_disk(run.workspace.dist, _needed_bytes(run, missing))
-    _keep_heap_small(run)
+    if run.device.type == "cpu":
+        return_large_blocks()  # so that the host needs the memory that the plan states
     source = run.source
     check_description(source, run.recipe_file.lock)
     _check_licenses(run)
@@ -116,12 +117,6 @@ def _make(
         run.keep(receipt)
 
 
-def _keep_heap_small(run: BuildState) -> None:
-    """Let the host's memory be what the plan says where the host computes."""
-    if run.device.type == "cpu":
-        return_large_blocks()
-
-
 def _quantize(
     run: BuildState, stores: "Mapping[Variant, BlockStore]", report: "Report"
 ) -> "dict[EngineName, EngineResult]":
@@ -166,6 +161,35 @@ def _fused_record(modules: "FusedModules | None") -> FusedRecord | None:
     if modules is None:
         return None
     return FusedRecord(fused=len(modules.fused), candidates=len(modules.candidates), missed=modules.missed)
+
+
+def _provenance(
+    run: BuildState, variant_plan: VariantPlan, files: Mapping[str, FileRecord], made: EngineResult
+) -> Provenance:
+    variant, linears = variant_plan.variant, made.records[variant_plan.variant.branch]
+    return Provenance(
+        repository=run.recipe.repository.id,
+        branch=variant.branch,
+        layout=run.recipe.repository.layout,
+        made_with=made.made_with,
+        recipe_digest=run.recipe.digest(),
+        variant_digest=variant_plan.digest,
+        parameters=variant.parameters(),
+        effective={
+            "damp_percent_max": max(record.damp_percent for record in linears),
+            "linears_damped_further": sum(record.damp_percent > variant.damp_percent for record in linears),
+        },
+        base_model=run.source.record,
+        model=run.recipe_file.lock.model.model_dump(mode="json", exclude={"config"}),
+        calibration=run.texts.calibration.record,
+        evaluation=run.texts.evaluation.record,
+        versions=dict(made.versions),
+        device=device_name(run.device),
+        linears=linears,
+        not_quantized=dict(run.plan.architecture.left),
+        weights_bytes=variant_plan.weights_bytes,
+        files=dict(files),
+    )
 
 
 def _packed(
@@ -239,154 +263,3 @@ def _refuse_edited(run: BuildState, variant_plan: VariantPlan) -> None:
     check_folder(folder, receipt, ignore=card_files)
     for name in sorted(card_files):
         refuse_edited_card(run, branch, name)
-
-
-def evaluate(run: BuildState) -> tuple[str, ...]:
-    """Stage 7: measure the variants whose quality is not known."""
-    missing = run.missing("evaluate")
-    if not missing:
-        return ()
-    require_build_extra()
-    from packager.prove.evaluate import quality_of, run_base, run_checkpoint
-
-    _keep_heap_small(run)
-    source, texts, device = run.source, run.texts, run.device
-    bar_of = run.terminal.bar(len(missing) + 1)
-    limited = limit_gpu_memory((device,), run.options.gpu_memory_bytes)
-    with run.terminal.stage("evaluate"), bar_of as bar, source.weights.hashed_beside(), limited:
-        base = run_base(source, texts, device)
-        source.weights.records()  # nothing is recorded of weights that are not those of the lock
-        bar.step("fp16 base model")
-        for variant_plan in missing:
-            branch, started = variant_plan.variant.branch, time.monotonic()
-            variant, folder = variant_plan.variant, run.workspace.folder(branch)
-            bits = None if variant.mix is not None else variant.bits
-            # A name for the result would keep this variant's head while the next variant is run.
-            quality = quality_of(base, run_checkpoint(folder, bits, source, texts, device), texts)
-            fields = {"quality": quality, "evaluation": texts.evaluation.record}
-            update_receipt(run, branch, "evaluate", time.monotonic() - started, fields)
-            bar.step(f"{branch} perplexity {quality.perplexity:.4f}, KL {quality.kl_divergence:#.3g}")
-    return tuple(variant_plan.variant.branch for variant_plan in missing)
-
-
-def run_loaders(run: BuildState, *, again: bool = False) -> tuple[str, ...]:
-    """Stage 8: run the recipe's loaders on the variants, except those that have results or cannot run on this machine.
-
-    All variants take part even if only one is new: a loader's logits must be closer to this variant's than to others'.
-
-    Args:
-        run: the build.
-        again: run every loader again, those too whose environment is made on request.
-    """
-    wanted = run.recipe.loaders
-    every = (*wanted.required, *wanted.if_available)
-    names = every if again else run.loaders_to_run()
-    if not names and not run.missing("verify") and not again:
-        return ()
-    require_build_extra()
-    from packager.prove.verify import VerifyJob, checkpoint_of, verify
-
-    texts, device = run.texts, run.device
-    branches = [branch for branch in run.keys if branch in run.receipts]
-    runs = {branch: {made.loader: made for made in run.receipts[branch].runs} for branch in branches}
-    chosen = {
-        "required": tuple(name for name in wanted.required if name in names),
-        "if_available": tuple(name for name in wanted.if_available if name in names),
-    }
-    job = VerifyJob(
-        checkpoints=[checkpoint_of(run.receipts[name].provenance, run.workspace.folder(name)) for name in branches],
-        ids=texts.evaluation.ids,
-        prompts=texts.prompts,
-        loaders=wanted.model_copy(update=chosen),
-        device=device,
-        context=run.runtime_context(run.workspace.work / "verify"),
-        refused={
-            variant_plan.variant.branch: {
-                verdict.loader: verdict.reason for verdict in variant_plan.verdicts if not verdict.is_tried
-            }
-            for variant_plan in run.plan.variants
-        },
-        timed=lambda branch, made: runs[branch].update({made.loader: made}),
-        on_request=again,
-    )
-    with run.terminal.stage("verify") as stage, run.terminal.bar(len(names)) as bar:
-        under_way = list(names)
-
-        def finished(name: str) -> None:
-            under_way.remove(name)
-            bar.step(f"{name} done" + (f", {', '.join(under_way)} under way" if under_way else ""), typical=False)
-
-        records = verify(replace(job, finished=finished), run.terminal.log)
-    for branch in branches:
-        merged = _with_earlier_results(run, branch, records[branch])
-        seconds = stage.seconds / len(branches)
-        if set(names) != set(every):
-            seconds += run.receipts[branch].seconds.get("verify", 0.0)
-        timed = tuple(runs[branch][name] for name in every if name in runs[branch])
-        update_receipt(run, branch, "verify", seconds, {"loaders": merged}, runs=timed)
-    return tuple(branches)
-
-
-def _with_earlier_results(run: BuildState, branch: str, records: Sequence[LoaderRecord]) -> tuple[LoaderRecord, ...]:
-    """Return one record per loader of the recipe; a loader that did not run now keeps its earlier result."""
-    receipt, loaders = run.receipts[branch], run.recipe.loaders
-    current = receipt.stages.get("verify") == run.keys[branch]["verify"]
-    found = {record.loader: record for record in receipt.provenance.loaders if current}
-    for record in records:
-        if record.status != "not run" or found.get(record.loader, record).status == "not run":
-            found[record.loader] = record
-    return tuple(found[name] for name in (*loaders.required, *loaders.if_available))
-
-
-def update_receipt(
-    run: BuildState, branch: str, stage: StageName, seconds: float, fields: Mapping[str, object], **beside: object
-) -> None:
-    """Write a stage's results into a variant's receipt; `beside` are fields of the receipt beside its provenance."""
-    receipt = run.receipts[branch]
-    provenance = receipt.provenance.model_copy(update=fields)
-    stages = {**receipt.stages, stage: run.keys[branch][stage]}
-    changes = {
-        "provenance": provenance,
-        "stages": stages,
-        "seconds": {**receipt.seconds, stage: round(seconds, 3)},
-        "peak_memory_bytes": max(receipt.peak_memory_bytes, peak_memory_bytes()),
-        **beside,
-    }
-    run.keep(receipt.model_copy(update=changes))
-
-
-def _provenance(
-    run: BuildState, variant_plan: VariantPlan, files: Mapping[str, FileRecord], made: EngineResult
-) -> Provenance:
-    variant, linears = variant_plan.variant, made.records[variant_plan.variant.branch]
-    return Provenance(
-        repository=run.recipe.repository.id,
-        branch=variant.branch,
-        layout=run.recipe.repository.layout,
-        made_with=made.made_with,
-        recipe_digest=run.recipe.digest(),
-        variant_digest=variant_plan.digest,
-        parameters=variant.parameters(),
-        effective={
-            "damp_percent_max": max(record.damp_percent for record in linears),
-            "linears_damped_further": sum(record.damp_percent > variant.damp_percent for record in linears),
-        },
-        base_model=run.source.record,
-        model=run.recipe_file.lock.model.model_dump(mode="json", exclude={"config"}),
-        calibration=run.texts.calibration.record,
-        evaluation=run.texts.evaluation.record,
-        versions=dict(made.versions),
-        device=device_name(run.device),
-        linears=linears,
-        not_quantized=dict(run.plan.architecture.left),
-        weights_bytes=variant_plan.weights_bytes,
-        files=dict(files),
-    )
-
-
-def peak_memory_bytes() -> int:
-    """Return the largest resident size this process has had."""
-    import resource  # POSIX only: importing this module works everywhere
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
