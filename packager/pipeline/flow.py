@@ -8,33 +8,31 @@ import shutil
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
-from packager.card.floor import allowed_below, far_lines, floor_lines, floor_problems
-from packager.errors import LoaderError, MachineError, PublishError
+from packager.card.floor import far_lines, floor_lines
+from packager.errors import LoaderError, MachineError
 from packager.pipeline.build_options import Options
 from packager.pipeline.build_state import BuildState
-from packager.pipeline.cards import refuse_edited_cards, render_cards
+from packager.pipeline.cards import render_cards
 from packager.pipeline.commit_messages import CommitMessages
 from packager.pipeline.evaluate_stage import evaluate
 from packager.pipeline.keep_sections import refuse_lost_sections
 from packager.pipeline.plan import chosen_variants
+from packager.pipeline.publish_checks import checked_contents, require_key, require_stages
 from packager.pipeline.quantize_stage import quantize_and_pack
 from packager.pipeline.running import shown_while_running
 from packager.pipeline.saved_publish import PlanFile, PlannedPublish
-from packager.pipeline.stage_keys import STAGES, StageName
+from packager.pipeline.stage_keys import STAGES
 from packager.pipeline.task_stage import check_task_files, run_tasks
 from packager.pipeline.verify_stage import run_loaders
-from packager.pipeline.workspace import audit_or_raise
 from packager.publish.after_publish import FinalStep, ReleaseTag
-from packager.publish.branches import BranchContent, PublishReport, publish_branches
+from packager.publish.branches import PublishReport, publish_branches
 from packager.publish.hub_collection import HubCollection
 from packager.publish.plan import PublishPlan
 from packager.publish.sign_release import ReleaseSigner, SigningKeys
 from packager.publish.targets import Target
 from packager.publish.targets.resolve_target import target_of
-from packager.receipt import PROVENANCE, README, Receipt
-from packager.recipe import Recipe
+from packager.receipt import README, Receipt
 from packager.recipe.file import RecipeFile
 from packager.system.posix import require_posix
 from packager.system.scratch import ScratchFolder
@@ -93,7 +91,7 @@ def build(recipe_file: RecipeFile, options: Options, terminal: Terminal, *, only
         verified=verified,
         scored=scored,
     )
-    for text in floor_report(recipe_file, result.receipts):
+    for text in _floor_report(recipe_file, result.receipts):
         terminal.log(text)
     lacking = _loaders_not_run(result.receipts)
     if result.nothing_to_do:
@@ -128,7 +126,7 @@ def reverify(recipe_file: RecipeFile, options: Options, terminal: Terminal) -> t
     run = BuildState(recipe_file, options, terminal)
     with run.workspace.locked(), shown_while_running(run.workspace.running_path, terminal):
         run.read_receipts()
-        _require_stages(run, "weights", "evaluate")
+        require_stages(run, "weights", "evaluate")
         run_loaders(run, again=True)
         render_cards(run)
     return run.ordered_receipts()
@@ -145,12 +143,12 @@ def render(recipe_file: RecipeFile, options: Options, terminal: Terminal, *, bra
     chosen_variants(run.plan.variants, [branch], str(recipe_file.path))
     with run.workspace.locked(), shown_while_running(run.workspace.running_path, terminal):
         run.read_receipts()
-        _require_stages(run, *STAGES)
+        require_stages(run, *STAGES)
         render_cards(run)
     return (run.workspace.folder(branch) / README).read_text(encoding="utf-8")
 
 
-def floor_report(recipe_file: RecipeFile, receipts: Sequence[Receipt]) -> list[str]:
+def _floor_report(recipe_file: RecipeFile, receipts: Sequence[Receipt]) -> list[str]:
     """Return a line for each variant that misses the recipe's floor, and a warning of a `main` far from fp16."""
     made = [receipt.provenance for receipt in receipts]
     return [*floor_lines(recipe_file.recipe, made), *far_lines(made, MAIN)]
@@ -244,7 +242,7 @@ def publish(
     planned = PlannedPublish(run, target, tag, plan_file) if plan_file else None
     with run.workspace.locked(), shown_while_running(run.workspace.running_path, terminal):
         run.read_receipts()
-        contents = _contents(run)
+        contents = checked_contents(run)
         with terminal.stage("publish"), ScratchFolder("signed") as scratch:
             return publish_branches(
                 contents,
@@ -262,31 +260,6 @@ def publish(
             )
 
 
-def _contents(run: BuildState) -> list[BranchContent]:
-    """Return the content of each branch; a variant that is not ready, or not fit to be published, is an error."""
-    _require_stages(run, *STAGES)
-    _refuse_trials(run.ordered_receipts())
-    _require_cards(run)
-    refuse_edited_cards(run)
-    receipts = run.ordered_receipts()
-    require_loaders(receipts, run.recipe.loaders.required)
-    require_floor(run.recipe, receipts)
-    folders = [run.workspace.folder(receipt.provenance.branch) for receipt in receipts]
-    audit_or_raise(folders, run.plan.architecture, complete=True)
-    return [_branch_content(receipt, folder) for receipt, folder in zip(receipts, folders, strict=True)]
-
-
-def require_key(recipe_file: RecipeFile, keys: SigningKeys) -> None:
-    """Raise PublishError if a recipe must be signed and there is no key, or has a layout that cannot be signed."""
-    repository, where = recipe_file.recipe.repository, str(recipe_file.path)
-    if repository.signed and keys.signer is None:
-        why = "the recipe has repository.signed: true, and there is no key"
-        raise PublishError("the release must be signed", where=where, why=why, hint="give the key with --sign-key")
-    if keys.signer and repository.layout == "repos":
-        why = "with layout: repos no branch holds a statement over all variants"
-        raise PublishError("the release cannot be signed", where=where, why=why, hint="leave out --sign-key")
-
-
 def _final_steps(run: BuildState, target: Target, tag: str) -> list[FinalStep]:
     """Return the steps after the last branch: the tag, and the collection of variants with their own repositories."""
     steps: list[FinalStep] = [ReleaseTag(target, tag)] if tag else []
@@ -296,87 +269,3 @@ def _final_steps(run: BuildState, target: Target, tag: str) -> list[FinalStep]:
         title, private = f"{run.recipe.card.title} GPTQ", repository.visibility == "private"
         steps.append(HubCollection(title, places, private=private, log=run.terminal.log))
     return steps
-
-
-def _require_stages(run: BuildState, *stages: StageName) -> None:
-    for stage in stages:
-        if outdated := run.missing(stage):
-            raise PublishError(
-                f"not every variant is ready: {', '.join(variant_plan.variant.branch for variant_plan in outdated)}",
-                where=str(run.recipe_file.path),
-                why=f"the stage {stage!r} has not been done with the present recipe and files",
-                hint="run packager build first",
-            )
-
-
-def _refuse_trials(receipts: Sequence[Receipt]) -> None:
-    """Raise PublishError for what was built with settings of the command line, whatever the recipe says now."""
-    if tried := {receipt.provenance.branch: receipt.trial for receipt in receipts if receipt.trial}:
-        raise PublishError(
-            f"built for a trial: {', '.join(tried)}",
-            why=" ".join(f"--set {setting}" for setting in next(iter(tried.values()))),
-            hint="write the settings into the recipe and run packager build without --set; what has the same inputs is "
-            "not built again",
-        )
-
-
-def _require_cards(run: BuildState) -> None:
-    digest, lacking = run.recipe.digest(), []
-    for branch, receipt in run.receipts.items():
-        files, folder = receipt.provenance.files, run.workspace.folder(branch)
-        rendered = PROVENANCE in files and all((folder / name).exists() for name in files)
-        if not rendered or receipt.provenance.recipe_digest != digest:
-            lacking.append(branch)
-    if lacking:
-        raise PublishError(
-            f"the cards are not the present recipe's: {', '.join(lacking)}",
-            where=str(run.recipe_file.path),
-            hint="run packager card first",
-        )
-
-
-def _branch_content(receipt: Receipt, folder: Path) -> BranchContent:
-    provenance = receipt.provenance
-    return BranchContent(
-        branch=provenance.branch,
-        folder=folder,
-        files=provenance.files,
-        message=f"{provenance.branch}: GPTQ {provenance.parameters['bits']}-bit, made with {provenance.made_with}",
-    )
-
-
-def require_floor(recipe: Recipe, receipts: Sequence[Receipt]) -> None:
-    """Raise PublishError if a variant misses the recipe's floor and the recipe does not publish it all the same."""
-    held = [
-        f"{made.branch}: {'; '.join(found)}"
-        for made in (receipt.provenance for receipt in receipts)
-        if made.quality is not None and made.branch not in allowed_below(recipe)
-        if (found := floor_problems(made.quality, recipe.quality))
-    ]
-    if held:
-        raise PublishError(
-            "a variant misses the floor of the recipe's section quality",
-            why="\n       ".join(held),
-            hint="take it out of the recipe (nothing else is built again), change its parameters, or write "
-            "publish_below_floor: true into the variant, which its record and card then say",
-        )
-
-
-def require_loaders(receipts: Sequence[Receipt], required: Sequence[str]) -> None:
-    """Raise PublishError unless every required loader passed on every variant."""
-    lacking = []
-    for receipt in receipts:
-        results = {record.loader: record for record in receipt.provenance.loaders}
-        for name in required:
-            record = results.get(name)
-            if record is None:
-                lacking.append(f"{receipt.provenance.branch}: {name} has no result")
-            elif record.status != "passed":
-                lacking.append(f"{receipt.provenance.branch}: {name} {record.status}: {record.reason}")
-    if lacking:
-        raise PublishError(
-            "a required loader has not passed",
-            why="; ".join(lacking),
-            hint="run packager build with this output folder on a machine where the loader runs, or move the loader to "
-            "loaders.if_available in the recipe",
-        )

@@ -11,9 +11,10 @@ from packager.model.devices import LARGEST_ON_CPU, choose_device
 from packager.pipeline.build_extra import require_build_extra
 from packager.pipeline.build_options import Options
 from packager.pipeline.build_state import BuildState
-from packager.pipeline.flow import build, publish, require_key
+from packager.pipeline.flow import build, publish
 from packager.pipeline.many_recipes import RecipeResult, Results
 from packager.pipeline.plan import BuildPlan
+from packager.pipeline.publish_checks import require_key
 from packager.pipeline.stage_keys import STAGES
 from packager.publish.plan import PublishPlan
 from packager.publish.sign_release import SigningKeys
