@@ -59,6 +59,6 @@ def _mix_notes(plan: BuildPlan) -> list[str]:
 
 def _proof_notes(plan: BuildPlan) -> list[str]:
     """Return a line for a recipe whose variants no loader will open."""
-    if plan.recipe.loaders.required or plan.recipe.loaders.if_available:
+    if plan.recipe.loaders.names:
         return []
     return ["note: the recipe names no loader: no variant will be proven, and publish does not ask for a proof"]

@@ -125,14 +125,13 @@ class BuildState:
         could not be reached. So a loader that did not run is run by the next build on a machine that can run it, and
         one whose environment is made on request by the next build after that.
         """
-        wanted = (*self.recipe.loaders.required, *self.recipe.loaders.if_available)
         if self.missing("verify"):
-            return wanted
+            return self.recipe.loaders.names
         results = [
             {record.loader for record in receipt.provenance.loaders if record.status != "not run"}
             for receipt in self.ordered_receipts()
         ]
-        left = [name for name in wanted if any(name not in found for found in results)]
+        left = [name for name in self.recipe.loaders.names if any(name not in found for found in results)]
         required, options = self.recipe.loaders.required, self.options
         return tuple(
             name

@@ -156,7 +156,7 @@ def durations(plan: BuildPlan, dist: Path) -> tuple[Duration, ...]:
 def _scaled(plan: BuildPlan, measured: Measured, *, here: bool) -> Duration:
     recipe, count = plan.recipe, len(plan.variants)
     size = plan.architecture.base_bytes / measured.base_bytes
-    has_loaders = bool(recipe.loaders.required or recipe.loaders.if_available)
+    has_loaders = bool(recipe.loaders.names)
     rows = recipe.calibration
     works = [
         work_of(

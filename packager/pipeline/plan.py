@@ -239,13 +239,12 @@ def _fit_problems(recipe: Recipe, architecture: Architecture, variants: Sequence
 def _verdicts(recipe: Recipe, variant: Variant, architecture: Architecture, *, lacks: bool) -> tuple[Verdict, ...]:
     """Return the verdicts of all runtimes that packager knows, and of the other packages' that the recipe names."""
     known = verdicts(variant, architecture, lacks_tokenizer_model=lacks)
-    named = [*recipe.loaders.required, *recipe.loaders.if_available]
-    if not any(name.startswith(OTHER_LOADER) for name in named):
+    if not any(name.startswith(OTHER_LOADER) for name in recipe.loaders.names):
         return known
     # Here, because few recipes name one: `plan` starts faster.
     from packager.prove.other_loader import other_verdicts
 
-    return (*known, *other_verdicts(named, variant, architecture))
+    return (*known, *other_verdicts(recipe.loaders.names, variant, architecture))
 
 
 def _loader_problems(

@@ -47,7 +47,7 @@ class InputDigests:
 def input_digests(recipe_file: RecipeFile, base: Mapping[str, str]) -> InputDigests:
     """Hash the files that a recipe names, but for the base model's, whose digests are given."""
     recipe = recipe_file.recipe
-    evaluation, loaders = recipe.evaluation, recipe.loaders
+    evaluation = recipe.evaluation
     if evaluation.tasks:
         from packager.prove.tasks import TASKS_SPEC  # most recipes have none
 
@@ -58,7 +58,7 @@ def input_digests(recipe_file: RecipeFile, base: Mapping[str, str]) -> InputDige
         base=base,
         texts=tuple(_local_digest(recipe_file, text.path) for text in recipe.calibration.texts),
         evaluation=(_local_digest(recipe_file, evaluation.path), _local_digest(recipe_file, evaluation.questions)),
-        loaders=tuple(_program_digests(loader_spec(name)) for name in (*loaders.required, *loaders.if_available)),
+        loaders=tuple(_program_digests(loader_spec(name)) for name in recipe.loaders.names),
         tasks=tuple(
             tuple(_local_digest(recipe_file, name) for name in (task.definition, *_documents(task)))
             for task in evaluation.tasks

@@ -21,8 +21,7 @@ def run_loaders(run: BuildState, *, again: bool = False) -> tuple[str, ...]:
         again: run every loader again, those too whose environment is made on request.
     """
     wanted = run.recipe.loaders
-    every = (*wanted.required, *wanted.if_available)
-    names = every if again else run.loaders_to_run()
+    names = wanted.names if again else run.loaders_to_run()
     if not names and not run.missing("verify") and not again:
         return ()
     require_build_extra()
@@ -62,19 +61,19 @@ def run_loaders(run: BuildState, *, again: bool = False) -> tuple[str, ...]:
     for branch in branches:
         merged = _with_earlier_results(run, branch, records[branch])
         seconds = stage.seconds / len(branches)
-        if set(names) != set(every):
+        if set(names) != set(wanted.names):
             seconds += run.receipts[branch].seconds.get("verify", 0.0)
-        timed = tuple(runs[branch][name] for name in every if name in runs[branch])
+        timed = tuple(runs[branch][name] for name in wanted.names if name in runs[branch])
         run.update_receipt(branch, "verify", seconds, {"loaders": merged}, runs=timed)
     return tuple(branches)
 
 
 def _with_earlier_results(run: BuildState, branch: str, records: Sequence[LoaderRecord]) -> tuple[LoaderRecord, ...]:
     """Return one record per loader of the recipe; a loader that did not run now keeps its earlier result."""
-    receipt, loaders = run.receipts[branch], run.recipe.loaders
+    receipt = run.receipts[branch]
     current = receipt.stages.get("verify") == run.keys[branch]["verify"]
     found = {record.loader: record for record in receipt.provenance.loaders if current}
     for record in records:
         if record.status != "not run" or found.get(record.loader, record).status == "not run":
             found[record.loader] = record
-    return tuple(found[name] for name in (*loaders.required, *loaders.if_available))
+    return tuple(found[name] for name in run.recipe.loaders.names)

@@ -215,6 +215,11 @@ class Loaders(Strict):
     max_new_tokens: int = Field(default=16, ge=1, le=512, description="tokens generated per prompt")
     timeout_s: int = Field(default=600, ge=10, description="how long one loader may take for one variant")
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All loaders, the required ones first."""
+        return (*self.required, *self.if_available)
+
 
 class License(Strict):
     """The base model's licence, as the Hub names it, and the files that must accompany the weights."""
