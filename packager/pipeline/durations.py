@@ -116,9 +116,7 @@ REFERENCES: Final = (
 )
 
 
-def work_of(
-    computer: Computer, scale_search: ScaleSearch, *, refine: bool, corrected: bool = False, tuning: float = 0.0
-) -> float:
+def work_of(computer: Computer, scale_search: ScaleSearch, *, refine: bool, corrected: bool, tuning: float) -> float:
     """Return how long quantizing takes for a variant, where one with a plain scale search and nothing else takes 1.
 
     Args:

@@ -45,7 +45,7 @@ class InitResult:
     plan: BuildPlan
 
 
-def init_recipe(model: NamedModel, wishes: Wishes, log: Callable[[str], None], *, replace: bool = False) -> InitResult:
+def init_recipe(model: NamedModel, wishes: Wishes, log: Callable[[str], None], *, replace: bool) -> InitResult:
     """Write the recipe of a model with its lock, and the schema if the recipe's folder has none.
 
     Nothing is written before everything is known.

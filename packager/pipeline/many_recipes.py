@@ -96,8 +96,8 @@ def for_each(
     work: Callable[[RecipeFile], None],
     terminal: Terminal,
     *,
-    outcome: Outcome = "done",
-    trial: Sequence[str] = (),
+    outcome: Outcome,
+    trial: Sequence[str],
 ) -> tuple[RecipeResult, ...]:
     """Do something with each recipe, one after the other, and return a result for each, in their order.
 

@@ -230,7 +230,7 @@ def _write(path: Path, receipt: Receipt) -> None:
     write_atomic(path, receipt.model_dump_json(indent=2).encode() + b"\n")
 
 
-def check_folder(folder: Path, receipt: Receipt, *, ignore: Collection[str] = ()) -> None:
+def check_folder(folder: Path, receipt: Receipt, *, ignore: Collection[str]) -> None:
     """Compare a checkpoint folder with its receipt, file by file.
 
     Args:
