@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from packager.fleet.drive import drive
-from packager.fleet.scheduler import Policy, Scheduler
+from packager.fleet.policy import Policy
+from packager.fleet.scheduler import Scheduler
 from packager.fleet.simulated import SimulatedFleet, World
 from packager.fleet.tasks import BuildRequest, Machine, Task
 from packager.fleet.windows import Limits, LimitWindow

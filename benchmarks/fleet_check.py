@@ -31,7 +31,8 @@ from packager.fleet.build_requests import Needs, fleet_recipe
 from packager.fleet.drive import drive
 from packager.fleet.fleet_release import FleetSettings, release_by_fleet
 from packager.fleet.local_processes import LocalProcesses
-from packager.fleet.scheduler import Policy, Scheduler
+from packager.fleet.policy import Policy
+from packager.fleet.scheduler import Scheduler
 from packager.fleet.simulated import SimulatedFleet, World
 from packager.fleet.store import FolderStore
 from packager.fleet.tasks import (

@@ -12,8 +12,8 @@ from packager.cli import ray_process
 from packager.fleet.build_requests import Needs
 from packager.fleet.fleet_release import FleetSettings, WaitingNeeds, release_by_fleet
 from packager.fleet.open_store import open_store
+from packager.fleet.policy import Policy
 from packager.fleet.ray_fleet import RayFleet
-from packager.fleet.scheduler import Policy
 from packager.fleet.worker import TaskOrder
 from packager.pipeline.build_options import Options
 from packager.pipeline.release import ReleaseChecks

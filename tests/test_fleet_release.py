@@ -25,8 +25,8 @@ from packager.fleet.fleet_run import FleetRun
 from packager.fleet.leased import LeasedExecutor
 from packager.fleet.leases import Lease
 from packager.fleet.local_processes import LocalProcesses
+from packager.fleet.policy import Policy
 from packager.fleet.recipe_state import read_recipe_state
-from packager.fleet.scheduler import Policy
 from packager.fleet.store import FolderStore
 from packager.fleet.task_processes import task_environ
 from packager.fleet.tasks import BuildRequest, Machine, Start, Task, TaskEnd

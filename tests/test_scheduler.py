@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from packager.fleet.drive import drive
-from packager.fleet.scheduler import Policy, Scheduler
+from packager.fleet.policy import Policy
+from packager.fleet.scheduler import Scheduler
 from packager.fleet.simulated import SimulatedFleet, World
 from packager.fleet.tasks import AT_HOME, TASK_STAGES, BuildRequest, Machine, Start, Task, TaskEnd
 from packager.fleet.windows import Limits, LimitWindow

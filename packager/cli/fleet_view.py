@@ -67,7 +67,7 @@ def release_side_by_side(
     from packager.fleet.fleet_release import FleetSettings, release_by_fleet
     from packager.fleet.fleet_run import LOOK_S
     from packager.fleet.open_store import check_creates, open_store
-    from packager.fleet.scheduler import Policy
+    from packager.fleet.policy import Policy
     from packager.fleet.task_processes import task_environ
 
     checks = replace(checks, read_token=task_environ(environ, "fetch").get("HF_TOKEN", ""))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from packager.fleet.build_requests import FleetRecipe, Needs, fleet_recipe
 from packager.fleet.fleet_run import LOOK_S, FleetRow, FleetRun
-from packager.fleet.scheduler import Policy
+from packager.fleet.policy import Policy
 from packager.fleet.tasks import Executor
 from packager.fleet.worker import TaskOrder
 from packager.pipeline.build_options import Options

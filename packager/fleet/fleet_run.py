@@ -12,8 +12,9 @@ from packager.fleet.build_requests import FleetRecipe
 from packager.fleet.drive import drive
 from packager.fleet.leased import LeasedExecutor
 from packager.fleet.leases import SILENT_S
+from packager.fleet.policy import Policy
 from packager.fleet.recipe_state import RecipeState, write_recipe_state
-from packager.fleet.scheduler import Policy, Scheduler
+from packager.fleet.scheduler import Scheduler
 from packager.fleet.shared_work import SharedWork
 from packager.fleet.store import Store
 from packager.fleet.tasks import Executor, Machine, QueueState, Start, TaskEnd, TaskStage

@@ -1,5 +1,6 @@
 """How far a recipe is, and what a machine does: the records that the scheduler keeps."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -105,7 +106,7 @@ class MachineLoad:
         self.free_cpus -= sign * task.cpus
         self.fetching += sign * (task.stage == "fetch")
 
-    def to_drop(self, wanted: int, recipes: dict[str, RecipeProgress]) -> list[str] | None:
+    def to_drop(self, wanted: int, recipes: Mapping[str, RecipeProgress]) -> list[str] | None:
         """Return what it deletes to have room for so many bytes, published recipes first; None if it has no room."""
         limit = self.machine.disk_bytes
         if limit is None:

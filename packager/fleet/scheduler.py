@@ -6,40 +6,16 @@ reasons; `benchmarks/fleet.py` runs it with a simulated clock.
 
 import heapq
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Final
 
+from packager.fleet.placement import Home, choose_home, lacking_machine
+from packager.fleet.policy import Policy
 from packager.fleet.progress import LOCAL_ORDER, Entry, MachineLoad, RecipeProgress
+from packager.fleet.store_quota import StoreQuota
 from packager.fleet.tasks import AT_HOME, BuildRequest, Machine, QueueState, Start, Task, TaskEnd
-from packager.fleet.windows import Limits
 
 _UNABLE: Final = "waits: "  # begins the reason of a recipe that no machine can take
-
-
-@dataclass(frozen=True, kw_only=True)
-class Policy:
-    """The knobs of a scheduler.
-
-    Attributes:
-        ahead: recipes that a machine fetches ahead for each task that it can compute at a time.
-        fetches: base models that a machine fetches at a time.
-        store_bytes: that builds may take in the store; None for any number.
-        attempts: after so many failures of a task, or refusals because another run has it, its recipe is parked.
-        losses: after so many losses of a task's machine its recipe is parked.
-        backoff_s: the wait after the first failure; it doubles.
-        most_backoff_s: the longest wait.
-        limits: of commits and of bytes.
-    """
-
-    ahead: float = 1.0
-    fetches: int = 2
-    store_bytes: int | None = None
-    attempts: int = 4
-    losses: int = 5
-    backoff_s: float = 30.0
-    most_backoff_s: float = 3600.0
-    limits: Limits = field(default_factory=Limits)
 
 
 class Scheduler:
@@ -60,8 +36,7 @@ class Scheduler:
         self._dirty: dict[str, None] = {}  # machines with something new
         self._to_publish: list[Entry] = []
         self._delayed: list[tuple[float, int, Task]] = []
-        self._store: dict[str, int] = {}
-        self._store_bytes = 0
+        self._store = StoreQuota(self._policy.store_bytes)
         self._publish_at = 0.0  # before, a limit that all share lets nothing be published
         self._now = 0.0
         self._open = self._running = self._count = 0
@@ -171,17 +146,10 @@ class Scheduler:
 
     def store_drops(self) -> list[str]:
         """Return the recipes whose builds in the store are deleted now, to make room; they are published."""
-        limit, dropped = self._policy.store_bytes, []
-        if limit is None or not self._to_fetch:
+        if not self._to_fetch:
             return []
-        wanted = self._recipes[self.next_to_fetch].request.store_bytes
-        for name in list(self._store):
-            if self._store_bytes + wanted <= limit:
-                break
-            if self._recipes[name].state == "published":
-                self._store_bytes -= self._store.pop(name)
-                dropped.append(name)
-        return dropped
+        wanted_bytes = self._recipes[self.next_to_fetch].request.store_bytes
+        return self._store.make_room(wanted_bytes, lambda name: self._recipes[name].state == "published")
 
     @property
     def is_stalled(self) -> bool:
@@ -219,123 +187,101 @@ class Scheduler:
         attempt = 1 + recipe.attempts.get(task, 0) + recipe.losses.get(task, 0)
         return Start(task=task, machine=state.machine.name, drop=tuple(drop), attempt=attempt)
 
+    def _first(self, queue: list[Entry], home: str | None = None) -> tuple[RecipeProgress, Task] | None:
+        """Return the first task of a queue that still waits, with its recipe; None if there is none.
+
+        Args:
+            queue: what is before it does not wait any more, and is taken out.
+            home: the machine whose own queue it is: what is at home elsewhere is taken out, too; None for all machines.
+        """
+        while queue:
+            task = queue[0][-1]
+            recipe = self._recipes[task.recipe]
+            if recipe.waits_for(task) and home in (None, recipe.home):
+                return recipe, task
+            heapq.heappop(queue)
+        return None
+
     def _at(self, state: MachineLoad) -> list[Start]:
         """Start what waits for this machine. What waits for GPUs is not overtaken by later tasks with GPUs."""
         starts: list[Start] = []
         blocked = False
         for stage in LOCAL_ORDER:
-            heap, kept = state.ready[stage], []
-            while heap:
-                entry = heapq.heappop(heap)
-                task = entry[-1]
-                recipe = self._recipes[task.recipe]
-                if not recipe.waits_for(task) or recipe.home != state.machine.name:
-                    continue
+            queue = state.ready[stage]
+            while (first := self._first(queue, state.machine.name)) is not None:
+                _, task = first
                 if not state.fits(task) or (blocked and task.gpus):
-                    kept.append(entry)
                     blocked = blocked or task.gpus > 0
                     break
+                heapq.heappop(queue)
                 starts.append(self._start(state, task))
-            for entry in kept:
-                heapq.heappush(heap, entry)
         return starts
 
     def _publishes(self, now: float) -> list[Start]:
         if not self._to_publish or now < self._publish_at:
             return []
-        starts, kept, limits = [], [], self._policy.limits
+        starts, limits = [], self._policy.limits
         machines = [state for state in self._machines.values() if state.machine.publishes]
-        while self._to_publish:
-            entry = heapq.heappop(self._to_publish)
-            task = entry[-1]
-            recipe = self._recipes[task.recipe]
-            if not recipe.waits_for(task):
-                continue
+        while (first := self._first(self._to_publish)) is not None:
+            recipe, task = first
             home = [state for state in machines if state.machine.name == recipe.home and state.fits(task)]
             free = home or [state for state in machines if state.fits(task)]
             if not free:
-                kept.append(entry)
                 break
             if (wait_s := limits.own_wait_s(task, now)) > 0:
                 recipe.why = "waits for its repository's limit of commits"
+                heapq.heappop(self._to_publish)
                 self._delay(task, now + wait_s)
                 continue
             if (wait_s := limits.wait_s(task, now)) > 0:  # for all: the others need not be looked at
                 recipe.why = "waits for the limit of commits or of bytes"
                 self._publish_at = now + wait_s
-                kept.append(entry)
                 break
+            heapq.heappop(self._to_publish)
             limits.take(task, now)
             starts.append(self._start(max(free, key=lambda state: state.free_cpus), task))
-        for entry in kept:
-            heapq.heappush(self._to_publish, entry)
         return starts
 
     def _fetches(self, now: float) -> list[Start]:
         starts: list[Start] = []
-        while self._to_fetch:
-            task = self._to_fetch[0][-1]
-            recipe = self._recipes[task.recipe]
-            if not recipe.waits_for(task):
-                heapq.heappop(self._to_fetch)
-                continue
+        while (first := self._first(self._to_fetch)) is not None:
+            recipe, task = first
             if recipe.why.startswith(_UNABLE):
                 recipe.why = ""
-            found = self._home_for(recipe, task) if self._store_has_room(recipe) else None
-            if recipe.why.startswith(_UNABLE):  # the others need not wait for it
-                self._unable.append(heapq.heappop(self._to_fetch))
-                continue
-            if found is None:  # nothing overtakes it: small recipes would keep a large one waiting for ever
-                break
+            home = None
+            if self._store.has_room(recipe.request):
+                home = choose_home(recipe.request, task, self._machines.values(), self._recipes, self._policy)
+            if home is None:
+                if lacking := self._lacking(recipe.request):
+                    recipe.why = f"{_UNABLE}{lacking}"
+                    self._unable.append(heapq.heappop(self._to_fetch))
+                    continue  # the others need not wait for it
+                break  # nothing overtakes it: small recipes would keep a large one waiting for ever
             heapq.heappop(self._to_fetch)
             if (wait_s := self._policy.limits.wait_s(task, now)) > 0:
                 self._delay(task, now + wait_s)
                 break
             self._policy.limits.take(task, now)
-            starts.append(self._settle(recipe, task, *found))
+            starts.append(self._settle(recipe, task, home))
         return starts
 
-    def _settle(self, recipe: RecipeProgress, task: Task, state: MachineLoad, drop: Sequence[str]) -> Start:
+    def _settle(self, recipe: RecipeProgress, task: Task, home: Home) -> Start:
         """Make a machine the home of a recipe."""
-        for name in drop:
+        state = home.machine
+        for name in home.drop:
             del state.held[name]
         self._stop_computing(recipe)
         recipe.home, recipe.why = state.machine.name, ""
         state.held[recipe.request.recipe] = recipe.request.disk_bytes
         state.computing.add(recipe.request.recipe)
-        if recipe.request.recipe not in self._store:
-            self._store[recipe.request.recipe] = recipe.request.store_bytes
-            self._store_bytes += recipe.request.store_bytes
-        return self._start(state, task, drop)
+        self._store.take(recipe.request)
+        return self._start(state, task, home.drop)
 
-    def _store_has_room(self, recipe: RecipeProgress) -> bool:
-        limit, request = self._policy.store_bytes, recipe.request
-        if limit is None or request.recipe in self._store:
-            return True
-        if request.store_bytes > limit:
-            recipe.why = f"{_UNABLE}its builds take {request.store_bytes / 1e9:.0f} GB, more than the store may have"
-        return self._store_bytes + request.store_bytes <= limit
-
-    def _home_for(self, recipe: RecipeProgress, task: Task) -> tuple[MachineLoad, list[str]] | None:
-        """Return the machine with the least work ahead that has room, and what it deletes for it."""
-        request, able, best = recipe.request, False, None
-        for state in self._machines.values():
-            slots = state.slots(request)
-            if slots < 1:
-                continue
-            able = True
-            load = len(state.computing) / slots
-            if state.fetching >= self._policy.fetches or load >= 1 + self._policy.ahead or not state.fits(task):
-                continue
-            if best is not None and load >= best[0]:
-                continue
-            drop = state.to_drop(request.disk_bytes, self._recipes)
-            if drop is not None:
-                best = (load, state, drop)
-        if not able:
-            needs = f"{request.most_gpus} GPUs, {request.most_cpus:g} CPUs, {request.disk_bytes / 1e9:.0f} GB of disk"
-            recipe.why = f"{_UNABLE}no machine has {needs}"
-        return None if best is None else best[1:]
+    def _lacking(self, request: BuildRequest) -> str:
+        """Return what a recipe needs and neither time nor the end of a task brings, "" if there is no such thing."""
+        if self._store.has_room(request):
+            return lacking_machine(request, self._machines.values())
+        return self._store.lacking(request)
 
     def _done(self, recipe: RecipeProgress, task: Task) -> None:
         recipe.left.pop(task, None)
