@@ -81,7 +81,7 @@ class LocalProcesses:
         """Start the process of a task."""
         task = order.task
         call = TaskCall(
-            order=self._orders[task.recipe].model_copy(update={"stage": task.stage, "branches": task.branches}),
+            order=self._orders[task.recipe].of(task),
             folder=str(self._folder.absolute()),
             cache=str(self._cache.absolute()),
             drop=order.drop,

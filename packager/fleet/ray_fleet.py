@@ -115,7 +115,7 @@ class RayFleet:
         if node is None:  # it has gone since the scheduler saw it, which it will see itself
             return
         call = TaskCall(
-            order=self.orders[task.recipe].model_copy(update={"stage": task.stage, "branches": task.branches}),
+            order=self.orders[task.recipe].of(task),
             folder=str(self.folder / "machines" / node.name),
             drop=order.drop,
             own_base_models=True,

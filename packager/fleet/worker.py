@@ -12,7 +12,7 @@ from pathlib import Path
 from packager.errors import PackagerError, PlanError
 from packager.fleet.open_store import open_store
 from packager.fleet.shared_work import SharedWork
-from packager.fleet.tasks import TaskStage
+from packager.fleet.tasks import Task, TaskStage
 from packager.inputs.source_files import list_source_files, read_small
 from packager.model.devices import DeviceChoice
 from packager.pipeline.build_options import Options
@@ -60,6 +60,10 @@ class TaskOrder(Record):
     device: DeviceChoice = "auto"
     gpu_memory_bytes: int | None = None
     local_target: str = ""
+
+    def of(self, task: Task) -> "TaskOrder":
+        """Return the order for a task of the same recipe."""
+        return self.model_copy(update={"stage": task.stage, "branches": task.branches})
 
 
 class TaskCall(Record):
