@@ -55,6 +55,11 @@ class PackagerError(Exception):
         self.why = without_secrets(why)
         self.hint = without_secrets(hint)
 
+    @property
+    def brief(self) -> str:
+        """`what: why`, for a table or a line of a log, which has the place and no room for the hint."""
+        return f"{self.what}: {self.why}" if self.why else self.what
+
     def __str__(self) -> str:
         """Return the message as lines: `where: what`, then why, then hint."""
         lines = [f"{self.where}: {self.what}" if self.where else self.what]

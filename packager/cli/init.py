@@ -181,7 +181,7 @@ def _owner() -> tuple[str, list[str]]:
         try:
             return hub_account().name, []
         except SourceError as error:
-            why = f"{error.what}: {error.why}" if error.why else error.what
+            why = error.brief
     try:
         user = getpass.getuser()
     except (ImportError, KeyError, OSError):  # a user without an entry, in a container

@@ -206,7 +206,7 @@ class FleetRun:
                 SharedWork(self.store, self._to_drop[0]).drop_builds()
             except MachineError as error:
                 if not self._drops_wait:
-                    self.log(f"{self._to_drop[0]}: its builds stay in the store for now: {error.what}: {error.why}")
+                    self.log(f"{self._to_drop[0]}: its builds stay in the store for now: {error.brief}")
                 self._drops_wait = True
                 return
             self._drops_wait = False
@@ -269,7 +269,7 @@ class FleetRun:
             write_recipe_state(self.store, name, state)
         except MachineError as error:
             if name not in self._unwritten:
-                self.log(f"{name}: its state is not in the store yet: {error.what}: {error.why}")
+                self.log(f"{name}: its state is not in the store yet: {error.brief}")
             self._unwritten.add(name)
             return
         self._unwritten.discard(name)

@@ -53,8 +53,7 @@ class LeasedExecutor:
         try:
             holder = self._other_holder(task.recipe)
         except MachineError as error:
-            why = f"{error.what}: {error.why}"
-            self._refused.append(TaskEnd(task=task, result="failed", why=why, exit_code=error.exit_code))
+            self._refused.append(TaskEnd(task=task, result="failed", why=error.brief, exit_code=error.exit_code))
             return
         if holder is None:
             self._inner.start(order)
@@ -94,7 +93,7 @@ class LeasedExecutor:
             try:
                 self._leases.pop(repository).release()
             except MachineError as error:
-                self._log(f"{repository}: its lease ends in {self._silent_s:.0f} s, not now: {error.what}: {error.why}")
+                self._log(f"{repository}: its lease ends in {self._silent_s:.0f} s, not now: {error.brief}")
 
     def release_all(self) -> None:
         """Give all leases up."""
@@ -118,8 +117,8 @@ class LeasedExecutor:
             self._leases[repository].beat()
         except StateError as error:
             self._held.discard(repository)
-            self._taken_over[repository] = f"{error.what}: {error.why}"
+            self._taken_over[repository] = error.brief
             self._log(f"{repository}: {error.what}; what runs of it ends by itself")
         except MachineError as error:
-            return f"{error.what}: {error.why}"
+            return error.brief
         return ""

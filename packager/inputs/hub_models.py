@@ -91,7 +91,7 @@ def access_problem(base_id: str, token: str | None = None) -> str:
         with hub_errors(base_id):
             huggingface_hub.HfApi(token=False if token == "" else token).auth_check(base_id)
     except SourceError as error:
-        return f"{error.what}: {error.why}" if error.why else error.what
+        return error.brief
     return ""
 
 

@@ -221,7 +221,7 @@ def _loaders(cache: Path) -> Iterator[MachineCheck]:
         try:
             spec = loader_spec(name)
         except LoaderError as error:
-            yield MachineCheck(name=name, grade="note", found=f"{error.what}: {error.why}", hint=error.hint)
+            yield MachineCheck(name=name, grade="note", found=error.brief, hint=error.hint)
             continue
         if problem := spec.python_problem():
             yield MachineCheck(name=name, grade="note", found=problem)
@@ -311,8 +311,7 @@ def _hub(environ: Mapping[str, str]) -> MachineCheck:
     try:
         account = _in_time(hub_account)
     except SourceError as error:
-        problem = f"{error.what}: {error.why}" if error.why else error.what
-        return MachineCheck(name="Hub", grade="note", found=problem, hint=error.hint)
+        return MachineCheck(name="Hub", grade="note", found=error.brief, hint=error.hint)
     found = f"logged in as {account.name} at {endpoint}, the token is for: {printable(account.role)}"
     if account.role == "write":
         return MachineCheck(name="Hub", grade="ok", found=found)

@@ -46,7 +46,7 @@ def apply_final_steps(steps: Sequence[FinalStep], heads: Mapping[str, str], wher
         raise PublishError(
             "every branch is published, but a final step failed",
             where=where,
-            why="; ".join(f"{error.what}: {error.why}" if error.why else error.what for error in failed),
+            why="; ".join(error.brief for error in failed),
             hint="publish again: it changes no branch and makes the steps that are missing",
         )
 

@@ -15,7 +15,7 @@ from packager.prove.environments import RuntimeContext
 from packager.publish.published.branch import BranchReport, Depth, verify_branch
 from packager.publish.published.card import compare_card
 from packager.publish.published.earlier_releases import SearchedHistory, check_earlier_releases
-from packager.publish.published.finding import PUBLISHED_RULES, Collector, PublishedFinding, unreadable
+from packager.publish.published.finding import PUBLISHED_RULES, Collector, PublishedFinding
 from packager.publish.published.reading import Branch, bounded
 from packager.publish.published.signatures import (
     SignedRelease,
@@ -156,7 +156,7 @@ def _check_branches(
             report, provenance = verify_branch(target, report, found, log, depth)
         except PublishError as error:
             failures.append(error)
-            found.add("branch-unreadable", "", unreadable(error))
+            found.add("branch-unreadable", "", error.brief)
         else:
             if provenance:
                 _compare_branches(branch, provenance, provenances, found)

@@ -16,7 +16,6 @@ from packager.prove.audit.files import Listing, is_of_model, most_bytes
 from packager.prove.audit.finding import Findings
 from packager.prove.audit.model import Describe
 from packager.prove.audit.weights import SUFFIX
-from packager.publish.published.finding import unreadable
 from packager.publish.published.reading import MAX_FILES, Branch, bounded, download, put_header, safe_names
 from packager.publish.published.states import published_states
 from packager.publish.targets import Target
@@ -178,7 +177,7 @@ class _Part:
             try:
                 read = put_header(self.branch, name, self.folder, left_bytes, self.findings)
             except PublishError as error:
-                self.findings.add("weights-unread", name, unreadable(error))
+                self.findings.add("weights-unread", name, error.brief)
                 read = None
             if read is None:
                 unread.add(name)
@@ -198,7 +197,7 @@ class _Part:
         try:
             parts = in_parallel(read, wanted)
         except PublishError as error:
-            self.findings.add("weights-unread", wanted[0][0], f"no values were read: {unreadable(error)}")
+            self.findings.add("weights-unread", wanted[0][0], f"no values were read: {error.brief}")
             return False
         for (name, tensor), data in zip(wanted, parts, strict=True):
             with disk_errors(tensor.path), tensor.path.open("r+b") as stream:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from packager.errors import PublishError
-from packager.publish.published.finding import Collector, unreadable
+from packager.publish.published.finding import Collector
 from packager.publish.targets import BranchState, Target
 from packager.receipt import PROVENANCE, README, Provenance
 from packager.system.text import BYTE_UNITS, shown
@@ -74,7 +74,7 @@ def _read_rows(target: Target, main: BranchState, heading: str, found: Collector
     try:
         data = target.read_bytes(main.commit, README, size=_MAX_CARD_BYTES)
     except PublishError as error:
-        found.add("branch-unreadable", README, unreadable(error))
+        found.add("branch-unreadable", README, error.brief)
         return ()
     rows = table_rows(data.decode("utf-8", "replace"), heading)
     if not rows:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from packager.errors import PublishError
-from packager.publish.published.finding import Collector, unreadable
+from packager.publish.published.finding import Collector
 from packager.publish.published.signatures import SignedRelease, Trust
 from packager.publish.release_history import described
 from packager.publish.statements import (
@@ -60,7 +60,7 @@ def check_earlier_releases(
         records = target.history(MAIN)
         searched, commits = _read(target, records[:_SEARCHED], trust)
     except PublishError as error:
-        found.add("branch-unreadable", "", f"the history of {MAIN}: {unreadable(error)}")
+        found.add("branch-unreadable", "", f"the history of {MAIN}: {error.brief}")
         return SearchedHistory(searched=0, commits=0)
     _report_unsigned(commits, "no trusted key signed it" if trust else "it has no release statement", found)
     if release:

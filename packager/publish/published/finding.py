@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from packager.errors import PublishError
 from packager.prove import audit
 from packager.prove.audit.finding import Finding, Rule, Severity
 from packager.system.text import printable
@@ -65,11 +64,6 @@ PUBLISHED_RULES: Mapping[str, Rule] = {
     "card-branch-unlisted": _rule("delete the branch, or " + _CARD),
     "card-figure": _rule(_CARD),
 }
-
-
-def unreadable(error: PublishError) -> str:
-    """Return the message of a finding for an unreadable file or branch."""
-    return f"{error.what}: {error.why}" if error.why else error.what
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from packager.errors import PublishError
-from packager.publish.published.finding import Collector, unreadable
+from packager.publish.published.finding import Collector
 from packager.publish.published.reading import Branch
 from packager.publish.signing_keys import TrustedKeys
 from packager.publish.statements import (
@@ -160,5 +160,5 @@ def _signed(
     except StatementError as error:
         found.add("signature-invalid", name, str(error))
     except PublishError as error:
-        found.add("branch-unreadable", name, unreadable(error))
+        found.add("branch-unreadable", name, error.brief)
     return None

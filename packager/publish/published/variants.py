@@ -16,7 +16,7 @@ from packager.model.compatibility import Verdict, verdicts
 from packager.model.strict_json import parse_json_object
 from packager.prove.audit.finding import Findings
 from packager.prove.audit.model import read_model
-from packager.publish.published.finding import Collector, PublishedFinding, unreadable
+from packager.publish.published.finding import Collector, PublishedFinding
 from packager.publish.published.reading import Branch, bounded
 from packager.publish.published.record import (
     MAX_DOCUMENT_BYTES,
@@ -93,7 +93,7 @@ def published_variants(target: Target, log: Callable[[str], None]) -> PublishedV
             variant = _variant(target, name, states[name], found)
         except PublishError as error:
             failures.append(error)
-            found.add("branch-unreadable", "", unreadable(error))
+            found.add("branch-unreadable", "", error.brief)
             variant = None
         findings += found.collected()
         if variant is not None and not found.has_errors:
