@@ -306,4 +306,5 @@ def test_a_wide_hessian_is_split_on_cuda_within_the_planned_memory():
     beside = torch.cuda.max_memory_allocated() - before
     assert bool(factor.succeeded)
     assert torch.equal(factor.U, expected)
-    assert beside <= (solving_memory._FACTORING_SQUARES - 1) * 4 * n**2
+    vectors = 64 * n  # diagonals, scales, the order
+    assert beside <= (solving_memory._FACTORING_SQUARES - 1) * 4 * n**2 + vectors

@@ -218,7 +218,7 @@ def test_devices_that_share_the_rows_make_the_bytes_of_one(tmp_path, large, larg
 
 
 def ways_of(source: SourceModel) -> dict[tuple[Any, ...], SweepPlan]:
-    work = Workload(architecture=source.architecture, num_samples=ROWS, seq_len=LENGTH, num_variants=2)
+    work = Workload.of(source.architecture, ROWS, LENGTH, PAIR)
     return {way_key(way): way for way in sweep_ways(work, "cuda")}
 
 
@@ -235,10 +235,11 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, large: SourceModel) ->
 
 
 PAIR = variant(branch="a", group_size=128, scale_search=True), variant(branch="b", group_size=32, act_order="full")
-# Not ("host", 2, 8): one variant on the device needs less of it, and is tried first (tests/test_memory.py).
+# Not ("host", 2, 8): one variant on the device needs less of it, and is tried first (tests/test_memory.py). So does one
+# whose weights wait on the host, where the disk would do with weights on the device.
 SCARCE = [
-    ("device", 1, 8, "device"), ("host", 2, 3, "device"), ("host", 2, 0, "device"), ("disk", 2, 0, "device"),
-    ("host", 2, 0, "host"),
+    ("device", 1, 8, "device"), ("host", 2, 3, "device"), ("host", 2, 0, "device"), ("host", 2, 0, "host"),
+    ("disk", 2, 0, "host"),
 ]  # fmt: skip
 
 
@@ -256,7 +257,7 @@ def test_scarce_memory_is_enough_and_changes_no_byte(tmp_path, large, undisturbe
 def test_the_planned_memory_is_enough_for_a_target_correction(tmp_path, large, suspended):
     """Where a batch of the fp16 model runs again, the variant's own waits inside the block."""
     corrected, rows = variant(group_size=128, target_correction=0.5), token_rows(ROWS, LENGTH, vocab_size=VOCABULARY)
-    work = Workload(architecture=large.architecture, num_samples=ROWS, seq_len=LENGTH, num_variants=1, corrected=True)
+    work = Workload.of(large.architecture, ROWS, LENGTH, [corrected])
     key = ("host", 1, suspended, "device")
     way = {way_key(each): each for each in sweep_ways(work, "cuda")}[key]
     run(large, tmp_path / "plenty", corrected, rows=rows)

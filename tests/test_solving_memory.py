@@ -112,7 +112,7 @@ def test_solving_takes_what_is_planned_on_a_cpu(shape: str, name: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize(("shape", "least"), [((12288, 3072), 0.93), ((4096, 4096), 0.88), ((4096, 16384), 0.65)])
+@pytest.mark.parametrize(("shape", "least"), [((12288, 3072), 0.9), ((4096, 4096), 0.85), ((4096, 16384), 0.65)])
 def test_solving_takes_what_is_planned_on_a_gpu(shape: tuple[int, int], least: float, name: str) -> None:
     """Where the Hessian takes most, it decides; else a plan counts what static order or refinement alone need."""
     fields = VARIANTS[name]

@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from packager.prove.other_loader import loader_spec
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Largest ||loader - reference|| / ||reference|| by the dtype in which the loader computes. Right results measured:
 # 0.0005 to 0.002 in float32 and float16, 0.007 in bfloat16; a wrong g_idx, zero or group order gives 0.3 and more.
@@ -49,6 +52,6 @@ def tolerance_of_model(tolerance: float, dtype: str, rounding_error: float) -> f
     return max(tolerance, min(ROUNDING_FACTOR[dtype] * rounding_error, LARGEST_TOLERANCE))
 
 
-def equal_tokens(gaps: Iterable[Tensor], tolerance: float) -> int:
+def equal_tokens(gaps: "Iterable[Tensor]", tolerance: float) -> int:
     """Return how many generated tokens are our forward's most likely ones, or tie with them; see `token_gaps`."""
     return sum(int((each <= _TIE_TOLERANCES * tolerance).sum()) for each in gaps)
