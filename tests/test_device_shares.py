@@ -126,7 +126,7 @@ def test_a_cpu_has_one_share():
 
 def test_a_share_that_fits_no_device_is_an_error():
     with pytest.raises(MachineError, match="does not fit into this machine's memory"):
-        shared(*FOUR, gpu_gb=5)
+        shared(*FOUR, gpu_gb=4)
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -164,10 +164,22 @@ def test_a_window_longer_than_any_traced_row_is_known(tmp_path: Path) -> None:
     assert architecture.cache_bytes(32768) == layer * (4 * 32768 + 22 * 511)
 
 
-def test_what_a_gpu_does_not_store_is_not_counted(tmp_path: Path) -> None:
-    """Attention whose values have another width than its keys: on a CPU torch stores the scores."""
-    locked = describe(tiny_decoder("deepseek_v3", tmp_path), None)
-    assert [kind.peak_bytes_per_pair for kind in locked.kinds] == [0, 0]
+def test_what_a_gpu_does_not_store_is_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention whose values have another width than its keys: on a CPU torch stores scores, scaled queries and keys.
+
+    A kernel for GPUs stores its result alone: with such a one, the figures are those of a real forward.
+    """
+    folder = tiny_decoder("deepseek_v3", tmp_path / "model", dtype=torch.bfloat16)
+    locked, model = describe(folder, None), open_decoder(folder, "deepseek_v3")[0]
+
+    def fused(query: Tensor, _key: Tensor, value: Tensor, *_: object, **__: object) -> Tensor:
+        return query.new_zeros(*query.shape[:-1], value.shape[-1])
+
+    stored = [measure(model, locked, kind, 60).peak for kind in locked.kinds]
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fused)
+    for kind, most in zip(locked.kinds, stored, strict=True):
+        assert kind.peak_bytes_per_pair == 0
+        assert 60 * kind.peak_bytes == measure(model, locked, kind, 60).peak < most / 2
 
 
 def test_weights_are_those_of_the_files(described: tuple[LockedModel, Any]) -> None:

@@ -216,5 +216,5 @@ def test_the_plan_holds_the_inputs_of_experts_that_wait(tmp_path):
     assert sizes._routed_inputs(first) == HIDDEN * 2 + TOP_K * 8
     assert sizes._routed_inputs(down) == TOP_K * INNER * 2 + TOP_K * 8
     assert down.held_bytes - first.held_bytes == TOP_K * INNER * 2
-    held = sizes.peak(0, 32, 10**9, inputs_held=0) - sizes.peak(0, 32, 0, inputs_held=0)
+    held = sizes.peak(0, 0, 32, 10**9, inputs_held=0) - sizes.peak(0, 0, 32, 0, inputs_held=0)
     assert held == pytest.approx(10**9 * (sizes._routed_inputs(first) + sizes._routed_inputs(down)), rel=1e-3)

@@ -371,7 +371,7 @@ def test_the_plan_counts_the_targets_while_the_widest_linear_is_solved() -> None
     # Of so few tokens that solving takes most.
     work = Workload(architecture=architecture, num_samples=1, seq_len=16, num_variants=1, corrected=True)
     wide = 2 * 13824
-    peak = memory._Sizes(work, "cuda").peak(0, 16, 16, inputs_held=0)
+    peak = memory._Sizes(work, "cuda").peak(0, 0, 16, 16, inputs_held=0)
     assert peak == 4 * 5120 * wide + solving_bytes(5120, wide, "cuda")
 
 

@@ -84,8 +84,8 @@ class _Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Count the bytes of the storages that operations make, as long as a tensor of theirs is alive.
 
     A storage of num_tokens^2 values, or a multiple, has values of pairs of tokens: num_tokens is a prime number that
-    divides no width of a model. What torch's own attention stores for pairs on the CPU is not counted: its kernels for
-    GPUs do not store it.
+    divides no width of a model. Of torch's own attention the result alone is counted: on the CPU it may store scores of
+    pairs, and scaled queries and keys, which its kernels for GPUs do not.
     """
 
     def __init__(self, model: nn.Module, num_tokens: int) -> None:
@@ -127,7 +127,7 @@ class _Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
             size_bytes = tensor.untyped_storage().nbytes()
             is_of_pairs = size_bytes // tensor.element_size() % self._num_pairs == 0
             counter = self.by_pair if is_of_pairs else self.by_token
-            size_bytes *= not (is_of_pairs and self.in_attention)
+            size_bytes *= not self.in_attention
             self._references[storage], self._sizes[storage] = 0, (counter, size_bytes)
             counter.add(size_bytes)
         self._references[storage] += 1
@@ -140,6 +140,14 @@ class _Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
             counter, size_bytes = self._sizes.pop(storage)
             counter.alive -= size_bytes
             self._from_blocks.discard(storage)
+
+    def count(self, tensor: Tensor) -> None:
+        """Count the storage of a tensor that was made where nothing is counted."""
+        counter, size_bytes = self._sizes[_storage(tensor)]
+        if not size_bytes:
+            size_bytes = tensor.untyped_storage().nbytes()
+            self._sizes[_storage(tensor)] = counter, size_bytes
+            counter.add(size_bytes)
 
     def mark(self, tensor: Tensor) -> None:
         """Note that a block gave a tensor its values."""
@@ -166,9 +174,12 @@ class _Attention(TorchFunctionMode):
     ) -> Any:
         self._memory.in_attention = func is scaled_dot_product_attention
         try:
-            return func(*args, **(kwargs or {}))
+            result = func(*args, **(kwargs or {}))
         finally:
             self._memory.in_attention = False
+        if func is scaled_dot_product_attention:
+            self._memory.count(result)
+        return result
 
 
 def _storage(tensor: Tensor) -> int:

@@ -34,7 +34,7 @@ Placement = Literal["device", "host", "disk"]
 
 # The host memory that a plan counts on, and a build where the system does not state what it has.
 HOST_LIMIT_BYTES = 16 * 10**9
-# Usable fraction of free GPU memory (the rest: cuBLAS workspaces, allocator fragmentation).
+# Usable fraction of free GPU memory (the rest: what libraries take, allocator fragmentation).
 USABLE = 0.92
 
 # Experts are solved in slices: in enough for every device that shares the rows, and of as many experts as fit these
@@ -43,6 +43,8 @@ USABLE = 0.92
 # number of devices, or what solving is found to take (`solving_bytes`).
 _SLICE_BYTES = {"cpu": 10**9, "cuda": 6 * 10**9}
 _SLICE_SQUARES, _SLICE_WEIGHT_BYTES = 4, 16
+# cuBLAS keeps 32 MiB for each stream with products: that of the worker, and the one beside a Cholesky factorisation.
+_WORKSPACE_BYTES = {"cpu": 0, "cuda": 2 * 2**25}
 # Batches on the device (prefetched, in use, or being stored) when activations are stored elsewhere.
 _STAGED_BATCHES = 4
 
@@ -146,14 +148,16 @@ def _way(
     held = kept if placement == "device" else staged * (1 + work.tuned)
     # On the device, a suspended batch's input is one of the states already.
     inputs = ELEMENT_BYTES[device_type] * work.architecture.hidden_size if placement == "device" else 0
-    peak = sizes.peak(kept_tokens, batch_tokens, everywhere, inputs_held=inputs)
+    # A batch that runs again is beside all that are suspended; else it is one of them.
+    beside = kept_tokens if suspended < num_batches else kept_tokens - batch_tokens
+    peak = sizes.peak(kept_tokens, beside, batch_tokens, everywhere, inputs_held=inputs)
     # While a batch of the fp16 model runs again, the variant's own waits at the same linears.
     peak += sizes.suspended_reference(min(tokens, kept_tokens + batch_tokens), inputs_held=inputs)
     if work.corrected and suspended < num_batches:  # those that run again need the original weights
         peak += sizes.weights
     if work.tuned:
         peak = max(peak, tuning_bytes(work.architecture, device_type, batch_tokens, work.seq_len))
-    blocks = held + sizes.resident(weights) + peak
+    blocks = held + sizes.resident(weights) + peak + _WORKSPACE_BYTES[device_type]
     # Wherever activations are stored, all are made on the device; the variants' are the same ones before a block ran.
     device = max(blocks, once + sizes.embedding(weights))
     host = 0 if device_type == "cpu" else sizes.host(count) + (kept if placement == "host" else 0)
@@ -221,45 +225,51 @@ class _Sizes:
         return blocks + 2 * self._architecture.largest_tensor_bytes
 
     def resident(self, waiting: Literal["device", "host"]) -> int:
-        """Return the device bytes of a block's weights and of two packed blocks, one being copied to the host.
+        """Return the device bytes of a block's weights and of one packed block; weights on the host leave its own.
 
-        Weights that wait on the host leave the block's own.
+        The packed block grows while its linears are solved. The one before it is copied to the host meanwhile, which
+        has ended before much of the next is packed.
         """
-        return (WEIGHT_COPIES if waiting == "device" else 1) * self.weights + 2 * self.packed
+        return (WEIGHT_COPIES if waiting == "device" else 1) * self.weights + self.packed
 
     def embedding(self, waiting: Literal["device", "host"]) -> int:
         """Return the device bytes of the embeddings, and of the first block, which is read beside."""
         return self._embedding + (self.weights if waiting == "device" else 0)
 
-    def peak(self, suspended_tokens: int, batch_tokens: int, tokens: int, *, inputs_held: int) -> int:
+    def peak(
+        self, suspended_tokens: int, beside_tokens: int, batch_tokens: int, tokens: int, *, inputs_held: int
+    ) -> int:
         """Return the peak of the device without states and weights: the maximum over the groups of linears.
 
         Args:
             suspended_tokens: of the batches that stay inside the block.
+            beside_tokens: of those that are suspended while a batch runs.
             batch_tokens: of the batch that runs.
             tokens: of all batches of all devices that share the rows.
             inputs_held: bytes of a token's input of the block that are counted elsewhere.
         """
+        # What a running batch takes includes what it holds where it is suspended.
         running = batch_tokens * running_bytes(self._architecture, self._device_type, self._seq_len)
         peaks = [running]
         sizes = self._architecture.group_sizes
         for group in sizes:
-            suspended = suspended_tokens * max(0, self._suspended(group) - inputs_held)
+            each = max(0, self._suspended(group) - inputs_held)
+            suspended, beside = suspended_tokens * each, beside_tokens * each
             square = 4 * group.in_features**2
             sums = self._sums * panels_bytes(group.in_features)
             solving = self._solving(group)
             if self._work.corrected and group.experts is None:
                 sums += self._sums * 4 * shift_rows(group.in_features, group.out_features) * group.in_features
             if group.experts is None:
-                peaks.append(suspended + max(solving, sums + running))
+                peaks += [suspended + solving, beside + sums + running]
             else:
                 experts = group.experts.count
                 slices = expert_slices(group.in_features, group.out_features, experts, self._device_type)
                 # The inputs of batches that are not suspended are held too, until the last slice is solved; without
                 # true_sequential no batch is suspended, and the inputs of both groups of experts are held.
                 held = self._routed_inputs(group) if suspended_tokens else sum(map(self._routed_inputs, sizes))
-                suspended += (tokens - suspended_tokens) * held
-                peaks.append(suspended + max(square + len(slices[0]) * solving, sums + running))
+                inputs = (tokens - suspended_tokens) * held
+                peaks += [suspended + inputs + square + len(slices[0]) * solving, beside + inputs + sums + running]
         return max(*peaks, self._peak_at_once(running, tokens))
 
     def _solving(self, group: GroupWidths) -> int:
