@@ -16,8 +16,6 @@ from packager.model.compatibility import Verdict, verdicts
 from packager.model.runtimes import OTHER_LOADER
 from packager.pipeline.branch_files import check_small_files
 from packager.pipeline.card_texts import card_text_problems
-from packager.pipeline.predicted_card import PredictedCards
-from packager.pipeline.template_check import template_page_problems
 from packager.pipeline.variant_plan import (
     VariantPlan,
     VariantPlanner,
@@ -162,8 +160,13 @@ def make_plan(recipe_file: RecipeFile, only: Collection[str] = ()) -> BuildPlan:
     planned = tuple(replace(planner.plan(variant), verdicts=judged[variant.branch]) for variant in variants)
     tokens = recipe.calibration.num_samples * recipe.calibration.seq_len
     described = _described(recipe, planned)
-    cards = PredictedCards(recipe_file=recipe_file, architecture=architecture, variants=described)
-    _refuse(template_page_problems(cards), recipe_file)
+    if recipe.card.templates is not None:
+        # Few recipes have templates of their own, and rendering takes many modules.
+        from packager.pipeline.predicted_card import PredictedCards
+        from packager.pipeline.template_check import template_page_problems
+
+        cards = PredictedCards(recipe_file=recipe_file, architecture=architecture, variants=described)
+        _refuse(template_page_problems(cards), recipe_file)
     chosen = chosen_variants(described, only, str(recipe_file.path))
     return BuildPlan(
         recipe=recipe,
