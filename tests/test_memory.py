@@ -200,7 +200,7 @@ def test_variants_calibrated_in_parallel_suspend_no_batch():
     work = replace(LARGE, true_sequential=False)
     assert {way.suspended_batches for way in sweep_ways(work, "cuda")} == {0}
     assert chosen(work, 24, 16).placement == "device"
-    assert (chosen(work, 12, 16).placement, chosen(work, 12, 16).num_variants) == ("device", 2)
+    assert (chosen(work, 12, 16).placement, chosen(work, 12, 16).num_variants) == ("device", 1)
     assert chosen(work, 8, 16).placement == "host"
 
 
