@@ -57,7 +57,7 @@ class PackagerError(Exception):
 
     @property
     def brief(self) -> str:
-        """`what: why`, for a table or a line of a log, which has the place and no room for the hint."""
+        """`what: why`, for one line of a table or a log, where the place is named already."""
         return f"{self.what}: {self.why}" if self.why else self.what
 
     def __str__(self) -> str:

@@ -198,9 +198,8 @@ def test_losses_are_those_with_the_library_s_factor(device, outliers, monkeypatc
 
 
 def test_what_is_beside_the_matrix_takes_no_more_than_it():
-    """24 bytes for each row and column of a panel; H, the matrix and these are within what a plan counts."""
+    """24 bytes for each row and column of a panel; the test on a GPU measures both."""
     assert 24 * max(SPLIT_PANEL, DAMPED_PANEL) <= 4 * SPLIT_WIDTH
-    assert solving_memory._FACTORING_SQUARES >= 3
 
 
 def with_mean(n: int, *, tokens: int) -> Tensor:

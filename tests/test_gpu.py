@@ -286,7 +286,7 @@ def test_a_wide_vocabulary_takes_the_planned_memory(tmp_path):
     """Its embedding is larger than the blocks; the head is checked on the host."""
     folder = save_larger(tmp_path / "wide", hidden=1024, intermediate=1024, blocks=2, vocab_size=262144)
     source, rows = open_folder(folder), token_rows(8, 64)
-    work = Workload(architecture=source.architecture, num_samples=8, seq_len=64, num_variants=1)
+    work = Workload(architecture=source.architecture, num_samples=8, seq_len=64, packed_bits=4.625, num_variants=1)
     planned = next(sweep_ways(work, "cuda")).device_bytes
     run(tiny(tmp_path), tmp_path / "first", variant())  # loads what libraries load when they are first used
     torch.cuda.empty_cache()

@@ -211,7 +211,7 @@ def test_the_plan_holds_the_inputs_of_experts_that_wait(tmp_path):
     architecture = save_base(tmp_path / "model").architecture
     (down,) = (group for group in architecture.group_sizes if group.experts and not group.experts.per_token)
     (first,) = (group for group in architecture.group_sizes if group.experts and group.experts.per_token)
-    work = Workload(architecture=architecture, num_samples=8, seq_len=32, num_variants=1)
+    work = Workload(architecture=architecture, num_samples=8, seq_len=32, packed_bits=4.625, num_variants=1)
     sizes = memory_module._Sizes(work, "cuda")
     assert sizes._routed_inputs(first) == HIDDEN * 2 + TOP_K * 8
     assert sizes._routed_inputs(down) == TOP_K * INNER * 2 + TOP_K * 8

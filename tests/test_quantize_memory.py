@@ -90,7 +90,7 @@ def test_the_peak_of_a_process_is_the_planned_one(
     AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(tmp_path / "model")
     work = Workload(
         architecture=open_folder(tmp_path / "model").architecture, num_samples=ROWS, seq_len=LENGTH, num_variants=1,
-        corrected=correction > 0,
+        packed_bits=4.625, corrected=correction > 0,
     )  # fmt: skip
     planned = next(sweep_ways(work, "cpu")).device_bytes
     assert planned > 200e6, "so much that what libraries take does not matter"
@@ -105,7 +105,9 @@ def test_the_peak_of_tuning_is_within_the_plan(tmp_path: Path) -> None:
     config = LlamaConfig(**SIZES["blocks"], num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=8)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
     architecture = open_folder(tmp_path / "model").architecture
-    work = Workload(architecture=architecture, num_samples=ROWS, seq_len=LENGTH, num_variants=1, tuned=True)
+    work = Workload(
+        architecture=architecture, num_samples=ROWS, seq_len=LENGTH, packed_bits=4.625, num_variants=1, tuned=True
+    )
     planned = next(sweep_ways(work, "cpu")).device_bytes
     used = used_by_child(tmp_path, tmp_path / "model", effort="high")
     assert 0.6 * planned < used < 1.05 * planned

@@ -3,6 +3,7 @@
 import gc
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -14,13 +15,16 @@ from packager.quantize import block as block_module
 from packager.quantize import ranks as ranks_module
 from packager.quantize.activations import Activations
 from packager.quantize.block import BlockJob, _BlockSolver
+from packager.quantize.gptq import hessian as hessian_module
 from packager.quantize.gptq.cholesky import SPLIT_WIDTH
-from packager.quantize.gptq.hessian import Hessian, hessian_of_sum
+from packager.quantize.gptq.hessian import Factor, Hessian, hessian_of_sum
 from packager.quantize.gptq.panels import panels_bytes, shift_rows
 from packager.quantize.gptq.solve import solve
 from packager.quantize.gptq.target_correction import InputShift
 from packager.quantize.ranks import alone
 from packager.quantize.solving_memory import solving_bytes
+from packager.quantize.workload import _columns_of_group
+from packager.variant import Variant
 from tests.test_evaluate import PeakBytes
 from tests.tiny_models import variant
 
@@ -31,12 +35,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "full": {"act_order": "full"},
     "refined": {"refine": True},
     "static, refined": {"act_order": "static", "refine": True},
+    "refined, whole rows": {"group_size": -1, "refine": True},
+    "wide groups": {"group_size": 512},
     "corrected": {"target_correction": 0.5},
     "static, corrected": {"act_order": "static", "target_correction": 0.5},
     "static, refined, corrected": {"act_order": "static", "refine": True, "target_correction": 0.5},
 }
 # Where the Hessian takes most, and where the weights do; a correction keeps S of the first, and W S of the others.
 SHAPES = {"wide": (896, 256), "tall": (384, 896)}
+
+
+def made(fields: dict[str, Any]) -> Variant:
+    return variant(**{"group_size": 128, **fields})
 
 
 class _Linear(nn.Module):
@@ -49,7 +59,7 @@ class _Linear(nn.Module):
 def solver_of(block: nn.Module, device: str, fields: dict[str, Any]) -> _BlockSolver:
     states = Activations([torch.zeros(1, device=device)], "device")
     job = BlockJob(
-        variant=variant(group_size=128, sym=True, **fields), index=0, groups=(GROUP,), names={"linear": "linear"},
+        variant=made(fields), index=0, groups=(GROUP,), names={"linear": "linear"},
         experts={}, states=states, contexts=(), rank=alone(torch.device(device)), suspended=0, last=True,
         on_outputs_needed=lambda: None,
     )  # fmt: skip
@@ -97,7 +107,8 @@ def on_cuda(solve: Callable[[], None], sums: int) -> int:
 
 
 def planned(device: str, shape: tuple[int, int], fields: dict[str, Any]) -> int:
-    return solving_bytes(*shape, device, refined=fields.get("refine", False), corrected="target_correction" in fields)
+    refined = _columns_of_group(made(fields)) if "refine" in fields else 0
+    return solving_bytes(*shape, device, refined=refined, corrected="target_correction" in fields)
 
 
 @pytest.mark.slow
@@ -120,6 +131,21 @@ def test_solving_takes_what_is_planned_on_a_gpu(shape: tuple[int, int], least: f
     found = peak_of("cuda", shape, fields, on_cuda)
     # cuSOLVER's workspace comes and goes with a factorisation.
     assert least < found / planned("cuda", shape, fields) < 1.01
+
+
+def test_a_second_damping_takes_no_more_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A factorisation that failed is gone when the next one is made."""
+    factor, tries = hessian_module.factorize, list[bool]()
+
+    def fails_first(*arguments: Any, **options: Any) -> Factor:
+        tries.append(True)
+        found = factor(*arguments, **options)
+        return replace(found, succeeded=torch.tensor(len(tries) > 1))
+
+    once = peak_of("cpu", (512, 64), VARIANTS["plain"], on_cpu)
+    monkeypatch.setattr(hessian_module, "factorize", fails_first)
+    assert peak_of("cpu", (512, 64), VARIANTS["plain"], on_cpu) == once
+    assert len(tries) == 2
 
 
 @pytest.mark.parametrize("name", ["plain", "static, corrected"])

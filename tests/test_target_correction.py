@@ -369,7 +369,9 @@ def test_the_plan_counts_the_targets_while_the_widest_linear_is_solved() -> None
     """They are float32; of a 13B shape those of `gate_proj` and `up_proj` take most, which are rounded at once."""
     architecture = make_plan(RecipeFile.load(RECIPES / "llama-2-13b-chat.yaml")).architecture
     # Of so few tokens that solving takes most.
-    work = Workload(architecture=architecture, num_samples=1, seq_len=16, num_variants=1, corrected=True)
+    work = Workload(
+        architecture=architecture, num_samples=1, seq_len=16, packed_bits=4.625, num_variants=1, corrected=True
+    )
     wide = 2 * 13824
     peak = memory._Sizes(work, "cuda").peak(0, 0, 16, 16, inputs_held=0)
     assert peak == 4 * 5120 * wide + solving_bytes(5120, wide, "cuda")
@@ -406,7 +408,12 @@ def test_what_a_correction_takes_beside_a_variant_is_planned(
         return counter.peak - before
 
     work = Workload(
-        architecture=source.architecture, num_samples=3 * rows, seq_len=length, num_variants=1, corrected=True
+        architecture=source.architecture,
+        num_samples=3 * rows,
+        seq_len=length,
+        packed_bits=4.625,
+        num_variants=1,
+        corrected=True,
     )
 
     def planned(*, corrected: bool) -> int:

@@ -306,8 +306,10 @@ def test_the_outputs_of_the_original_block_are_planned(tmp_path: Path) -> None:
     """Where activations are what counts, a tuned variant takes one set more."""
     architecture = source_of(tmp_path, "llama").architecture
 
-    def planned(num_samples: int, **fields: bool) -> int:
-        work = Workload(architecture=architecture, num_samples=num_samples, seq_len=64, num_variants=1, **fields)
+    def planned(num_samples: int, **fields: Any) -> int:
+        work = Workload(
+            architecture=architecture, num_samples=num_samples, seq_len=64, num_variants=1, packed_bits=8, **fields
+        )  # fmt: skip
         return next(sweep_ways(work, "cuda")).device_bytes
 
     first, second = 200_000, 400_000  # rows; the batch that runs is the same

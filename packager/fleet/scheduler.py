@@ -191,8 +191,8 @@ class Scheduler:
         """Return the first task of a queue that still waits, with its recipe; None if there is none.
 
         Args:
-            queue: what is before it does not wait any more, and is taken out.
-            home: the machine whose own queue it is: what is at home elsewhere is taken out, too; None for all machines.
+            queue: entries before it that do not wait any more are removed.
+            home: the machine whose own queue it is: entries at home elsewhere are removed, too; None for all machines.
         """
         while queue:
             task = queue[0][-1]
@@ -278,7 +278,7 @@ class Scheduler:
         return self._start(state, task, home.drop)
 
     def _lacking(self, request: BuildRequest) -> str:
-        """Return what a recipe needs and neither time nor the end of a task brings, "" if there is no such thing."""
+        """Return what keeps a recipe waiting for ever, "" if nothing does."""
         if self._store.has_room(request):
             return lacking_machine(request, self._machines.values())
         return self._store.lacking(request)

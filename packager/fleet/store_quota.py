@@ -25,7 +25,7 @@ class StoreQuota:
         return self._taken_bytes + request.store_bytes <= self.limit_bytes
 
     def lacking(self, request: BuildRequest) -> str:
-        """Return that a recipe takes more than the whole limit, "" if it does not."""
+        """Return why a recipe can never begin: it takes more than the whole limit. "" if it can."""
         if self.limit_bytes is None or request.store_bytes <= self.limit_bytes:
             return ""
         return f"its builds take {request.store_bytes / 1e9:.0f} GB, more than the store may have"
@@ -37,7 +37,7 @@ class StoreQuota:
             self._taken_bytes += request.store_bytes
 
     def make_room(self, wanted_bytes: int, may_go: Callable[[str], bool]) -> list[str]:
-        """Take the bytes back of as few recipes as make room for so many bytes, and return them.
+        """Take back the bytes of recipes, the oldest first, until there is room for so many bytes; return the recipes.
 
         Args:
             wanted_bytes: of what is to begin.

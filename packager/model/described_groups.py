@@ -99,7 +99,7 @@ class GroupDescriber:
                 except _LeftError as reason:
                     left[name] = str(reason)
                 except SourceError as error:
-                    left[name] = f"{error.what}: {error.why}"
+                    left[name] = error.brief
             if linears:
                 found.append((DescribedGroup(linears=tuple(linears)), alive, pairs))
         return DescribedBlock(

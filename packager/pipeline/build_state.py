@@ -196,8 +196,8 @@ class BuildState:
 
         Args:
             branch: of the variant.
-            stage: is done with the present inputs.
-            seconds: it took.
+            stage: that is done with the present inputs.
+            seconds: how long it took.
             fields: of the receipt's provenance.
             beside: fields of the receipt beside its provenance.
         """

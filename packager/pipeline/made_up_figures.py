@@ -1,6 +1,6 @@
 """Figures in place of those that a build measures, to render a page that is never shown: see `predicted_card`.
 
-Each fact that a plan does not know is other here than in the record of what the plan knows.
+Each fact that a plan does not know differs here from what stands in its place in the record of what the plan knows.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,6 @@
 """The cards of a recipe before anything is built: as far as the plan knows them, or with made-up measurements.
 
-What the plan does not know is other in the two: a page's words that are in both do not depend on it. No torch, no
-network.
+What the plan does not know differs between the two pages, so what both say does not depend on it. No torch, no network.
 """
 
 from dataclasses import dataclass

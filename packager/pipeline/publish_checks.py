@@ -1,4 +1,4 @@
-"""What must hold before anything is published; `flow.publish` runs these checks before the first effect."""
+"""What must hold before anything is published, or a stage runs alone: checked before the first effect."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,8 +1,8 @@
 """Whether the pages that a recipe's own templates make will be refused: found by the plan, not after a build.
 
 Before a build nothing is measured. So each page is rendered twice, without measurements and with made-up ones: what is
-wrong in both is wrong in the finished page. What is wrong in one of them may depend on the figures, and is left to the
-build.
+wrong in both is taken to be wrong in the finished page. What is wrong in one of them may depend on the figures, and is
+left to the build.
 """
 
 import re

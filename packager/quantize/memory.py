@@ -34,8 +34,8 @@ Placement = Literal["device", "host", "disk"]
 
 # The host memory that a plan counts on, and a build where the system does not state what it has.
 HOST_LIMIT_BYTES = 16 * 10**9
-# Usable fraction of free GPU memory. The rest is for what libraries take, and for gaps in the memory that torch keeps:
-# without a limit it kept 1.1 to 1.25 times what was allocated.
+# Usable fraction of free GPU memory. The rest is for what libraries take, and for gaps in the memory that torch keeps.
+# It keeps 1.1 to 1.25 times what is allocated in runs without a limit, but gives it back before it runs out.
 USABLE = 0.9
 
 # Experts are solved in slices: in enough for every device that shares the rows, and of as many experts as fit these
@@ -268,7 +268,7 @@ class _Sizes:
                 slices = expert_slices(group.in_features, group.out_features, experts, self._device_type)
                 # The inputs of batches that are not suspended are held too, until the last slice is solved; without
                 # true_sequential no batch is suspended, and the inputs of both groups of experts are held.
-                held = self._routed_inputs(group) if suspended_tokens else sum(map(self._routed_inputs, sizes))
+                held = self._routed_inputs(group) if suspended_tokens else self._routed_inputs_of_a_block
                 inputs = (tokens - suspended_tokens) * held
                 peaks += [suspended + inputs + square + len(slices[0]) * solving, beside + inputs + sums + running]
         return max(*peaks, self._peak_at_once(running, tokens))
@@ -303,12 +303,21 @@ class _Sizes:
         """Return the peak of a variant that calibrates all linears of a block at once, and suspends no batch."""
         if not self._work.all_at_once:
             return 0
-        sizes = self._architecture.group_sizes
-        sums = sum(panels_bytes(group.in_features) for group in sizes)
-        linears = (group for group in sizes if group.experts is None)
-        solving = max(map(self._solving, linears), default=0)
-        calibrating = (self._sums - 1) * sums + running
-        return tokens * sum(map(self._routed_inputs, sizes)) + sums + max(calibrating, solving)
+        peaks = []
+        for kind in self._architecture.kinds:
+            groups = list(map(GroupWidths.of, kind.groups))
+            linears = [group for group in groups if group.experts is None]
+            sums = sum(panels_bytes(group.in_features) for group in linears)
+            solving = max(map(self._solving, linears), default=0)
+            calibrating = (self._sums - 1) * sums + running
+            inputs = tokens * sum(map(self._routed_inputs, groups))
+            peaks.append(inputs + sums + max(calibrating, solving))
+        return max(peaks)
+
+    @cached_property
+    def _routed_inputs_of_a_block(self) -> int:
+        """Bytes of a token's inputs of all experts of a block, of the kind of block where they take most."""
+        return max(sum(map(self._routed_inputs, map(GroupWidths.of, kind.groups))) for kind in self._architecture.kinds)
 
     def _routed_inputs(self, group: GroupWidths) -> int:
         """Return the bytes of a token's inputs of experts, with the int64 index that sorts them; 0 for linears."""

@@ -21,7 +21,7 @@ class Workload:
         true_sequential: whether any variant calibrates linears on the outputs of the quantized ones before them.
         all_at_once: whether any variant calibrates all linears of a block at once.
         corrected: whether any variant has a target correction, and so the fp16 model's activations beside its own.
-        refined: whether any variant refines its linears after the last column.
+        refined: columns of the largest groups of the variants that refine their linears after the last column; 0: none.
         packed_bits: bits per weight of a packed linear with its scales and zeros, of the variant with most.
         ranks: devices that share the rows.
         tuned: whether blocks of any variant are tuned (effort: high).
@@ -34,8 +34,8 @@ class Workload:
     true_sequential: bool = True
     all_at_once: bool = False
     corrected: bool = False
-    refined: bool = False
-    packed_bits: float = 8
+    refined: int = 0
+    packed_bits: float
     ranks: int = 1
     tuned: bool = False
 
@@ -62,7 +62,7 @@ class Workload:
             true_sequential=any(variant.true_sequential for variant in variants),
             all_at_once=not all(variant.true_sequential for variant in variants),
             corrected=any(variant.target_correction > 0 for variant in variants),
-            refined=any(variant.refine for variant in variants),
+            refined=max((_columns_of_group(variant) for variant in variants if variant.refine), default=0),
             packed_bits=max(map(_packed_bits, variants)),
             ranks=ranks,
             tuned=any(variant.effort == "high" for variant in variants),
@@ -84,6 +84,14 @@ class Workload:
 
 
 def _packed_bits(variant: Variant) -> float:
-    """Return the bits per weight of a packed linear: its integer, and for each group a float16 scale and a zero."""
-    bits = max(variant.all_bits)
+    """Return the bits per weight of a solved linear: its integer, and for each group a float16 scale and a zero.
+
+    Until a block is tuned, the integers are bytes; the packed block is smaller.
+    """
+    bits = 8 if variant.effort == "high" else max(variant.all_bits)
     return bits + ((16 + bits) / variant.group_size if variant.group_size > 0 else 0)
+
+
+def _columns_of_group(variant: Variant) -> int:
+    """Return the columns of a group; of one that is a whole row, more than any linear has."""
+    return variant.group_size if variant.group_size > 0 else 2**31

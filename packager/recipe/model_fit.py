@@ -57,7 +57,7 @@ def read_locked_model(parsed: ParsedRecipe, recipe: Path, lock: Lock | None = No
     except RecipeError as error:
         return LocatedProblem(parsed.key_at("base_model"), str(error.what), error.hint)
     except PlanError as error:
-        return LocatedProblem(parsed.key_at("base_model"), f"{path.name}: {error.what}: {error.why}", error.hint)
+        return LocatedProblem(parsed.key_at("base_model"), f"{path.name}: {error.brief}", error.hint)
     if (moved := _moved(parsed, lock, path.name)) is not None:
         at, message = moved
         return LocatedProblem(at, message, f"make the lock anew: packager lock {recipe}")

@@ -123,7 +123,7 @@ def _read_shard(listing: Listing, name: str, findings: Findings) -> Mapping[str,
     try:
         header = read_header(path)
     except SourceError as error:
-        findings.add("safetensors-damaged", name, f"{error.what}: {error.why}")
+        findings.add("safetensors-damaged", name, error.brief)
         return None
     found = header.metadata.get("format")
     if found != METADATA["format"]:

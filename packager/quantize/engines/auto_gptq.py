@@ -258,7 +258,7 @@ class _VariantProgress:
         except OSError as error:
             raise self._defect(f"block {block} cannot be read: {error}") from error
         except PackError as error:
-            raise self._defect(f"{error.what}: {error.why}") from error
+            raise self._defect(error.brief) from error
         path.unlink()
         self._report(block, records, resumed=False)
 

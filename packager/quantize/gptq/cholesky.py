@@ -20,7 +20,7 @@ from packager.quantize.gptq.tensor_ops import TensorOps
 
 _PANEL = 128
 # From this width on, `split_cholesky` is used on CUDA. With at least 6 panels, what it holds beside A takes no more
-# than A: 24 bytes for each row and column of a panel. `packager.quantize.memory` plans two matrices of A's size for it.
+# than A: 24 bytes for each row and column of a panel. `packager.quantize.solving_memory` plans two of its size.
 SPLIT_WIDTH = 11008
 SPLIT_PANEL = 256
 _UPDATE_COLUMNS = 2048  # of one product; right of the diagonal it computes what nothing reads

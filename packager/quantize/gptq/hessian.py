@@ -244,6 +244,7 @@ def factorize_within(H: Tensor, order: ColumnOrder, *, damp_percent: float, damp
             )
         damp_percent = min(2 * damp_percent, damp_percent_limit)
         if H.ndim == 2:
+            del factor  # its U would take as much as H beside the next one
             factor = factorize(H, order, damp_percent=damp_percent)
         else:
             again = factorize(H[failed], order, damp_percent=damp_percent)

@@ -99,8 +99,9 @@ def _refit_shared_groups(linear: RoundedLinear, group_size: int, allowed: Tensor
         begin, end = group * group_size, min((group + 1) * group_size, in_features)
         errors = linear.errors[..., linear.updates.first_row(begin) :, :]
         scale = grids.scales[..., group, :].clone()
-        u = linear.q[..., begin:end, :].float() - grids.zeros[..., group, None, :]
-        v = linear.updates.spread(begin, end, u * scale[..., None, :])
+        rounded = linear.q[..., begin:end, :].float().sub_(grids.zeros[..., group, None, :]).mul_(scale[..., None, :])
+        v = linear.updates.spread(begin, end, rounded)
+        del rounded
         projection, curvature = _products(v, errors)
         step = refitted_by(scale, projection / scale, curvature / scale.square()) * allowed[..., None]
         grids.scales[..., group, :] += step

@@ -267,7 +267,10 @@ class _ColumnSolver:
                 pending += self._updates.pending_update(recorded, begin, end)
             # Not in place: `updated` is a view of the given weights where they are float32.
             lower = self._U[..., begin:end, begin:end].mT
-            updated = updated + torch.linalg.solve_triangular(lower, pending, upper=False)
+            solved = torch.linalg.solve_triangular(lower, pending, upper=False)
+            del pending
+            updated = updated + solved
+            del solved
         column_weight = self.diagonal[..., begin:end].square()
         scales, zeros = self._ops.find_grids(updated, self._group_size, self._rules, column_weight)
         group = slice(begin // self._group_size, begin // self._group_size + 1)
