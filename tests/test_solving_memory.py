@@ -133,6 +133,16 @@ def test_solving_takes_what_is_planned_on_a_gpu(shape: tuple[int, int], least: f
     assert least < found / planned("cuda", shape, fields) < 1.01
 
 
+def test_groups_of_whole_rows_take_more_while_they_are_refined() -> None:
+    """Deltas' memory, integers twice, errors, their changes, quantized columns, and on CUDA these in two parts: bytes."""
+    n, m = 65536, 16384
+    square, most = 4 * n**2, solving_bytes(n, m, "cuda", refined=2**31)
+    beside = 4 * 5 * 512 * m + (3 * 4 * 128 + 8 * 512) * n
+    assert most == 2 * square + (4 + 1 + 1 + 4 + 4 + 4 + 2 + 2) * n * m + beside
+    assert solving_bytes(n, m, "cuda", refined=128) == 2 * square + (13 + 4) * n * m + beside
+    assert solving_bytes(n, m, "cuda", refined=8192) == solving_bytes(n, m, "cuda", refined=128)
+
+
 def test_a_second_damping_takes_no_more_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """A factorisation that failed is gone when the next one is made."""
     factor, tries = hessian_module.factorize, list[bool]()
