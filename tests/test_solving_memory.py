@@ -134,7 +134,7 @@ def test_solving_takes_what_is_planned_on_a_gpu(shape: tuple[int, int], least: f
 
 
 def test_groups_of_whole_rows_take_more_while_they_are_refined() -> None:
-    """Deltas' memory, integers twice, errors, their changes, quantized columns, and on CUDA these in two parts: bytes."""
+    """Bytes of the deltas' memory, integers twice, errors, their changes, quantized columns, and two parts of these."""
     n, m = 65536, 16384
     square, most = 4 * n**2, solving_bytes(n, m, "cuda", refined=2**31)
     beside = 4 * 5 * 512 * m + (3 * 4 * 128 + 8 * 512) * n
