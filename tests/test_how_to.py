@@ -20,6 +20,8 @@ from typer.testing import CliRunner
 
 from packager.cli import publishing
 from packager.cli.main import app
+from packager.pipeline.plan import make_plan
+from packager.recipe.file import RecipeFile
 from tests import tiny_recipe
 from tests.import_graph import ROOT
 from tests.loopback_hub import Account, LoopbackHub
@@ -254,6 +256,18 @@ def test_publish(folder: Path, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.long
+def test_the_variant_that_the_tutorial_adds_can_be_built(tmp_path: Path) -> None:
+    """With the demo's own model and required loaders, which the typed page below replaces by tiny ones."""
+    text = (DOCS / "tutorial/first-release.md").read_text()
+    added = re.findall(r"```yaml\n(variants:.*?)```", text, re.DOTALL)[0]
+    recipe = shutil.copytree(ROOT / "recipes", tmp_path / "recipes") / "demo-llama.yaml"
+    changed, count = re.subn(r"(?m)^variants:\n(?:  .*\n)+", added, recipe.read_text())
+    recipe.write_text(changed)
+    planned = [each.variant.branch for each in make_plan(RecipeFile.load(recipe)).variants]
+    (branch,) = re.findall(r"`status` shows that `([^`]*)` is not built", text)
+    assert (count, len(planned), planned[-1]) == (1, 5, branch)
+
+
 def test_the_first_release(folder: Path) -> None:
     write("demo-llama.yaml", "demo/demo-llama-GPTQ")
     page = "tutorial/first-release.md"

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,24 @@ def test_every_other_child_ends_with_the_command(stage: str, number: int, folder
     process = start(stage, "none", folder)
     os.kill(process.pid, number)
     assert_ended_with_children(process, number, folder)
+
+
+@pytest.mark.parametrize("again_s", [0.0, 0.01, 0.1])
+def test_a_second_interrupt_ends_the_command_at_once(folder: Path, again_s: float) -> None:
+    """Raised while it cleans up, a second Ctrl-C left threads at whose end the process aborted (SIGABRT)."""
+    process = start("loader", "none", folder)
+    os.kill(process.pid, signal.SIGINT)
+    time.sleep(again_s)
+    with suppress(ProcessLookupError):
+        os.kill(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    # The second number: Python was about to exit, and does not hear signals any more. A shell says 130 for both.
+    assert process.returncode in (128 + signal.SIGINT, -signal.SIGINT)
+    assert said.endswith(KEPT)
+    assert "Traceback" not in said
+    before = beats(folder)
+    time.sleep(0.5)
+    assert beats(folder) == before
 
 
 def test_a_second_signal_does_not_interrupt_the_cleaning_up(folder: Path) -> None:

@@ -1,4 +1,7 @@
-"""Signals that ask this process to end: SIGTERM and SIGHUP stop a command as Ctrl-C does, with its children."""
+"""Signals that ask this process to end: SIGTERM and SIGHUP stop a command as Ctrl-C does, with its children.
+
+The first lets the command clean up. A second Ctrl-C ends it at once, as all that it writes survives.
+"""
 
 import os
 import signal
@@ -22,22 +25,44 @@ class EndedBySignal(KeyboardInterrupt):
 
 
 def raise_on_signals() -> None:
-    """Let SIGTERM and SIGHUP raise `EndedBySignal` in the main thread. One that is ignored, as by nohup, stays so."""
+    """Let SIGTERM and SIGHUP raise `EndedBySignal` in the main thread. One that is ignored, as by nohup, stays so.
+
+    After one of them, or Ctrl-C, the next Ctrl-C ends the process. Raised in the middle of cleaning up, it would leave
+    threads behind at whose end the process aborts.
+    """
     terminals = [stream for stream in (1, 2) if os.isatty(stream)]
 
     def end(number: int, _: FrameType | None) -> None:
         # Another one must not interrupt the cleaning up. A function would not do: Python removes it when it finalizes.
         for each in _NUMBERS:
             signal.signal(each, signal.SIG_IGN)
+        if signal.getsignal(signal.SIGINT) is interrupt:
+            signal.signal(signal.SIGINT, _end_at_once)
         for stream in terminals:
             if not os.isatty(stream):  # closed: every write to it would be an error
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         raise EndedBySignal(number)
 
+    def interrupt(_: int, __: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, _end_at_once)
+        raise KeyboardInterrupt
+
     for number in _NUMBERS:
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, end)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
     sys.unraisablehook = _raise_again
+
+
+def _end_at_once(number: int, _: FrameType | None) -> None:
+    from packager.system.processes import end_children
+
+    signal.signal(number, signal.SIG_IGN)
+    end_children()
+    with suppress(OSError):
+        os.write(2, b"ended at once: finished work is kept, run the same command again to continue\n")
+    os._exit(128 + number)
 
 
 def _raise_again(dropped: "sys.UnraisableHookArgs") -> None:
