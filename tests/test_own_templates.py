@@ -21,7 +21,7 @@ from packager.system.terminal import Terminal
 from tests import card_fixtures as fixtures
 from tests import tiny_recipe
 from tests.card_page import assert_well_formed
-from tests.tiny_recipe import MAIN, Builds
+from tests.tiny_recipe import ACT_ORDER, MAIN, Builds
 
 ROOT = Path(__file__).resolve().parents[1]
 LICENSE = "_license.md.j2"
@@ -153,6 +153,13 @@ PYTHON = "```python\n{}\n```"
         ),
         ("{{ card.titel }}", ":4: card.templates: the card's template cannot be filled in: 'packager.recipe"),
         ("{{ heer.branch }}", ":4: card.templates: the card's template cannot be filled in: 'heer' is undefined"),
+        ("{{ card.title | inlien }}", ":4: card.templates: a template is malformed: No filter named 'inlien'"),
+        ("{% include '_licence.md.j2' %}", ":4: card.templates: a template is missing: neither the recipe nor this"),
+        ("{% include '_license.md.j2' %}", ": card.templates: a template is malformed: it includes or calls itself"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", ": card.templates: a template is malformed: it includes"),
+        ("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", ": card.templates: its parts are nested too deeply"),
+        ("{% if 1 %}" * 200 + "{% endif %}" * 200, ": card.templates: a template is malformed: its parts are nested"),
+        (f"{{% if here.branch == '{ACT_ORDER}' %}}\nhuggingface-cli\n{{% endif %}}", ":5: card.templates: huggingface"),
     ],
 )
 def test_what_the_audit_of_the_card_refuses_is_an_error_of_the_plan(
@@ -161,9 +168,33 @@ def test_what_the_audit_of_the_card_refuses_is_an_error_of_the_plan(
     recipe_file = with_templates(builds.copy(tmp_path), f"## Licence\n\n{'{# #}'}\n{text}\n")
     with pytest.raises(PlanError) as caught:
         make_plan(recipe_file)
-    place = tmp_path / "card" / ("" if "page that" in problem else LICENSE)
+    place = tmp_path / "card" / ("" if "page that" in problem or "it includes" in problem else LICENSE)
     assert f"{place}{problem}" in caught.value.why
     assert "a" * 34 not in caught.value.why, "a secret is not shown whole"
+
+
+def test_many_mistakes_of_a_loop_are_found_with_few_pages(
+    tmp_path: Path, builds: Builds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, rendered, real = builds.copy(tmp_path), list[str](), PredictedCards.page
+
+    def page_of(cards: PredictedCards, branch: str, own: OwnTemplates | None) -> str:
+        rendered.append(branch)
+        return real(cards, branch, own)
+
+    monkeypatch.setattr(PredictedCards, "page", page_of)
+    with_templates(recipe, "{% for i in range(300) %}\nhuggingface-cli {{ i }}\n{% endfor %}\n")
+    recipe_file = with_templates(recipe, "## The files\n", "_provided_files.md.j2")
+    with pytest.raises(PlanError) as caught:
+        make_plan(recipe_file)
+    assert caught.value.why.count("\n") == 0, "what is wrong in all branches is said once"
+    assert f"{tmp_path / 'card' / LICENSE}: card.templates: huggingface-cli is gone" in caught.value.why
+    assert len(rendered) <= 4 * len(tiny_recipe.BRANCHES), "for each branch: with, with none, and without each template"
+
+
+def test_a_template_that_takes_too_much_memory_is_an_error_of_the_card() -> None:
+    with pytest.raises(CardError, match=r"card/_license\.md\.j2:1: .*\n  why: it takes more memory than there is"):
+        page(own("{{ ('x' * 10 ** 15) | length }}"))
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,8 @@ PAGES: Mapping[CardStyle, str] = {"plain": TEMPLATE, "late-2023": "model_card_la
 HUB = "https://huggingface.co"
 # Errors of a recipe's templates, which the plan looks for.
 CANNOT_FILL_IN = "the card's template cannot be filled in"
+MALFORMED = "a template is malformed"
+MISSING = "a template is missing"
 NOT_PUBLISHABLE = "the recipe's templates make a page that cannot be published"
 
 
@@ -149,8 +151,11 @@ def _rendered(page: str, context: Mapping[str, object], own: OwnTemplates | None
         return template.render(context)
     except CardError as error:
         raise CardError(error.what, where=_line_of(error), why=error.why, hint=error.hint) from error
-    except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise _translated(error, folder) from error
+    except (
+        TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, SyntaxError, TypeError,
+        ValueError,
+    ) as error:  # fmt: skip
+        raise _translated(error, folder, own) from error
 
 
 def _check_own_page(page: str, own: OwnTemplates) -> None:
@@ -343,12 +348,21 @@ def _line_of(error: BaseException) -> str:
     return where
 
 
-def _translated(error: Exception, folder: Path) -> CardError:
+def _translated(error: Exception, folder: Path, own: OwnTemplates | None) -> CardError:
     hint = "this is a mistake in the template, not in a text or a figure"
     if isinstance(error, TemplateSyntaxError):
-        return CardError(
-            "a template is malformed", where=f"{error.name}:{error.lineno}", why=str(error.message), hint=hint
-        )
+        name = own.path(str(error.name)) if own is not None and error.name in own.texts else error.name
+        return CardError(MALFORMED, where=f"{name}:{error.lineno}", why=str(error.message), hint=hint)
     if isinstance(error, TemplateNotFound):
-        return CardError("a template is missing", where=str(folder / str(error.name)), hint="install the package again")
-    return CardError(CANNOT_FILL_IN, where=_line_of(error), why=str(error), hint=hint)
+        if (where := _line_of(error)) and own is not None:
+            why = f"neither the recipe nor this package has a template {str(error.name)!r}"
+            return CardError(MISSING, where=where, why=why, hint=hint)
+        return CardError(MISSING, where=str(folder / str(error.name)), hint="install the package again")
+    if isinstance(error, RecursionError):
+        why = "it includes or calls itself without end, or its parts are nested too deeply"
+        return CardError(MALFORMED, where=own.folder if own is not None else "", why=why, hint=hint)
+    if isinstance(error, SyntaxError):  # of the Python that a template is compiled to
+        where = error.filename or ""
+        return CardError(MALFORMED, where=where, why=f"its parts are nested too deeply: {error.msg}", hint=hint)
+    why = str(error) or "it takes more memory than there is"  # the text of a MemoryError is empty
+    return CardError(CANNOT_FILL_IN, where=_line_of(error), why=why, hint=hint)

@@ -128,3 +128,5 @@ def template_problems(
                 environment.parse(text)
             except TemplateSyntaxError as error:
                 yield TemplateProblem(name=name, line=error.lineno, message=str(error.message))
+            except RecursionError:
+                yield TemplateProblem(name=name, line=0, message="its parts are nested too deeply")

@@ -6,11 +6,12 @@ left to the build.
 """
 
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Final
 
-from packager.card import CANNOT_FILL_IN, NOT_PUBLISHABLE, given_names
+from packager.card import CANNOT_FILL_IN, MALFORMED, MISSING, NOT_PUBLISHABLE, given_names
 from packager.card.own_templates import OwnTemplates
 from packager.errors import CardError
 from packager.model.front_matter import split_front_matter
@@ -22,13 +23,15 @@ from packager.prove.audit.card import words_problems
 _NO_NAME: Final = re.compile(r"'(\w+)' is undefined")
 _NO_FIELD: Final = re.compile(r"'packager\.[\w.]+ object' has no attribute '\w+'")
 _FENCES: Final = ("```", "~~~")
+_MOST_ALIKE: Final = 10  # problems with one message that are shown: a template that loops makes thousands
 _Findings = dict[tuple[str, str], str]  # the hint, by message and line of the page
 
 
 def template_page_problems(cards: PredictedCards) -> list[str]:
     """Return what the audit of the finished cards will refuse because of the recipe's own templates.
 
-    The pages of the first and of the last branch are looked at; none of a recipe without templates.
+    The pages of all branches are looked at; none of a recipe without templates. What is wrong in the pages of several
+    branches is said once.
 
     Raises:
         CardError: a file cannot be read.
@@ -36,31 +39,41 @@ def template_page_problems(cards: PredictedCards) -> list[str]:
     own = read_own_templates(cards.recipe_file)
     if own is None or not own.texts:
         return []
-    branches = dict.fromkeys((cards.variants[0].variant.branch, cards.variants[-1].variant.branch))
-    return list(dict.fromkeys(line for branch in branches for line in _problems(cards, own, branch)))
+    problems: dict[tuple[str, str], str] = {}  # by what is wrong and where: texts of errors have lines of the page
+    for each in cards.variants:
+        for key, line in _problems(cards, own, each.variant.branch).items():
+            problems.setdefault(key, line)
+    return list(dict.fromkeys(problems.values()))
 
 
-def _problems(cards: PredictedCards, own: OwnTemplates, branch: str) -> list[str]:
+def _problems(cards: PredictedCards, own: OwnTemplates, branch: str) -> dict[tuple[str, str], str]:
     folder = cards.recipe_file.folder
     try:
         found = _findings(cards.page(branch, own))
     except CardError as error:
         again = _error_of(lambda: cards.made_up_page(branch, own))
         if again is None or not _is_certain(error, again, own, branch):
-            return []
-        return [f"{folder / again.where}: card.templates: {again.what}: {again.why} ({again.hint})"]
+            return {}
+        text = f"{folder / again.where}: card.templates: {again.what}: {again.why} ({again.hint})"
+        return {(again.what, again.where): text}
     if not found:
-        return []
+        return {}
     try:
         later = _findings(cards.made_up_page(branch, own))
     except CardError:
-        return []
+        return {}
     usual = _findings(cards.page(branch, None))
-    return [
-        f"{folder / _place(cards, own, branch, (message, line))}: card.templates: {message} ({hint})"
-        for (message, line), hint in found.items()
-        if (message, line) in later and (message, line) not in usual
-    ]
+    certain = [finding for finding in found if finding in later and finding not in usual]
+    counts: Counter[str] = Counter()
+    shown = []
+    for message, line in certain:
+        counts[message] += 1
+        if counts[message] <= _MOST_ALIKE:
+            shown.append((message, line))
+    places = _places(cards, own, branch, shown)
+    return {
+        each: f"{folder / places.get(each, own.folder)}: card.templates: {each[0]} ({found[each]})" for each in shown
+    }
 
 
 def _findings(page: str) -> _Findings:
@@ -86,32 +99,40 @@ def _is_certain(error: CardError, again: CardError, own: OwnTemplates, branch: s
     """Return whether the errors of both pages of a branch are one, and that of the finished page."""
     if (error.what, error.where) != (again.what, again.where):
         return False
-    if error.what == NOT_PUBLISHABLE or error.where == f"the card of {branch}":
-        return True  # of the page as a whole
+    if error.what in (NOT_PUBLISHABLE, MALFORMED, MISSING) or error.where == f"the card of {branch}":
+        return True  # of the page as a whole, or of a template before it is filled in
     if error.what != CANNOT_FILL_IN or error.why != again.why:
         return False
     name = _NO_NAME.fullmatch(error.why)
     return name[1] not in given_names(own) if name else _NO_FIELD.fullmatch(error.why) is not None
 
 
-def _place(cards: PredictedCards, own: OwnTemplates, branch: str, finding: tuple[str, str]) -> str:
-    """Return where a finding comes from: file and line if one line of the templates is the page's, else the file.
+def _places(
+    cards: PredictedCards, own: OwnTemplates, branch: str, findings: Sequence[tuple[str, str]]
+) -> dict[tuple[str, str], str]:
+    """Return where findings come from: file and line if one line of the templates is the page's, else the file.
 
-    The line itself is not shown: it may be a secret.
+    A finding whose file is not known is left out. The line itself is not shown: it may be a secret. A page is rendered
+    once without each template, however many findings there are.
     """
-    places = [
-        f"{own.path(name)}:{number}"
+    lines = [
+        (f"{own.path(name)}:{number}", each.strip())
         for name, text in own.texts.items()
         for number, each in enumerate(text.splitlines(), start=1)
-        if each.strip() == finding[1]
     ]
-    if len(places) == 1:
-        return places[0]
+    found: dict[tuple[str, str], str] = {}
+    for finding in findings:
+        places = [place for place, line in lines if line == finding[1]]
+        if len(places) == 1:
+            found[finding] = places[0]
     for name in own.texts:
+        left = [finding for finding in findings if finding not in found]
+        if not left:
+            break
         others = {other: text for other, text in own.texts.items() if other != name}
         try:
-            if finding not in _findings(cards.page(branch, replace(own, texts=others))):
-                return own.path(name)
+            remaining = _findings(cards.page(branch, replace(own, texts=others)))
         except CardError:
             continue
-    return own.folder
+        found |= {finding: own.path(name) for finding in left if finding not in remaining}
+    return found
