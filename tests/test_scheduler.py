@@ -330,3 +330,23 @@ def test_gpus_are_busy_when_links_are_fast_enough_and_idle_when_they_are_not() -
         busy[bytes_per_s] = fleet.busy_s / fleet.existing_s
     assert busy[10 * GB] > 0.85
     assert busy[GB / 10] < 0.4  # 100 s to receive, 100 to the store, 100 to publish, for 60 s of computing
+
+
+def test_small_base_models_do_not_use_up_the_limit_before_a_large_one() -> None:
+    def request(name: str, download_bytes: int, priority: int) -> BuildRequest:
+        tasks = (Task(recipe=name, stage="fetch", download_bytes=download_bytes),)
+        return BuildRequest(recipe=name, tasks=tasks, priority=priority)
+
+    small = [request(f"a/small-{number}", 10, 0) for number in range(50)]
+    limits = Limits(fetched=LimitWindow(100, 50))
+    scheduler = Scheduler([request("a/first", 30, 2), request("a/large", 100, 1), *small], Policy(limits=limits))
+    machines, started = [Machine(name="one", cpus=8)], list[tuple[int, str]]()
+    for now in range(60):
+        scheduler.see(machines, now)
+        for start in scheduler.assign(now):
+            started.append((now, start.task.recipe))
+            scheduler.take(TaskEnd(task=start.task, result="done"), now)
+        if now == 0:
+            assert scheduler.next_wake() == 50
+            assert not scheduler.is_stalled
+    assert started == [(0, "a/first"), (50, "a/large")]

@@ -38,6 +38,7 @@ class Scheduler:
         self._delayed: list[tuple[float, int, Task]] = []
         self._store = StoreQuota(self._policy.store_bytes)
         self._publish_at = 0.0  # before, a limit that all share lets nothing be published
+        self._fetch_at = 0.0  # when the first recipe of the queue may be fetched, if it waits for a limit
         self._now = 0.0
         self._open = self._running = self._count = 0
         for request in requests:
@@ -122,6 +123,8 @@ class Scheduler:
         times = [self._delayed[0][0]] if self._delayed else []
         if self._to_publish and self._publish_at > self._now:
             times.append(self._publish_at)
+        if self._to_fetch and self._fetch_at > self._now:
+            times.append(self._fetch_at)
         return min(times, default=None)
 
     def take(self, outcome: TaskEnd, now: float) -> None:
@@ -244,6 +247,7 @@ class Scheduler:
 
     def _fetches(self, now: float) -> list[Start]:
         starts: list[Start] = []
+        self._fetch_at = 0.0
         while (first := self._first(self._to_fetch)) is not None:
             recipe, task = first
             if recipe.why.startswith(_UNABLE):
@@ -257,10 +261,10 @@ class Scheduler:
                     self._unable.append(heapq.heappop(self._to_fetch))
                     continue  # the others need not wait for it
                 break  # nothing overtakes it: small recipes would keep a large one waiting for ever
-            heapq.heappop(self._to_fetch)
             if (wait_s := self._policy.limits.wait_s(task, now)) > 0:
-                self._delay(task, now + wait_s)
-                break
+                self._fetch_at = now + wait_s
+                break  # it stays the first: small recipes would use up what is let in
+            heapq.heappop(self._to_fetch)
             self._policy.limits.take(task, now)
             starts.append(self._settle(recipe, task, home))
         return starts
