@@ -56,8 +56,13 @@ def test_a_template_stands_in_for_its_part_alone() -> None:
         ("{{ ''.__class__.__base__.__subclasses__() }}", "card/_license.md.j2:2: "),
         ("{{ recipe.model_copy.__globals__ }}", "card/_license.md.j2:2: "),
         ("{% for i in range(10 ** 9) %}x{% endfor %}", "card/_license.md.j2:2: .*\n  why: Range too big"),
-        ('{% include "../recipe.yaml" %}', "a template is missing"),
-        ('{% include "/etc/passwd" %}', "a template is missing"),
+        (
+            '{% include "../recipe.yaml" %}',
+            "card/_license.md.j2:2: a template includes what is no template of the card",
+        ),
+        ('{% include "/etc/passwd" %}', "'/etc/passwd'\n  hint: include only the card's templates and those of the"),
+        ("{{ card.title | nofilter }}", "card/_license.md.j2:2: a template is malformed\n  why: No filter named"),
+        ('{% include "_license.md.j2" %}', "card/_license.md.j2:2: .*\n  why: it includes or calls itself without end"),
         ("{{ branches[0].provenance.quality | figure('perplexity') }}", "card/_license.md.j2:2: "),
     ],
 )
@@ -86,6 +91,11 @@ def test_a_page_that_changes_itself_or_the_browser_is_refused(text: str) -> None
     ("name", "text", "line", "message"),
     [
         (LICENSE, "a\n{% if %}", 2, "Expected an expression"),
+        (LICENSE, "a\n{{ card.title | nofilter }}", 2, "No filter named 'nofilter'"),
+        (LICENSE, "a\n{{ card is notest }}", 2, "No test named 'notest'"),
+        (LICENSE, "{% if speed %}\n{{ card.title | nofilter }}{% endif %}", 2, "No filter named 'nofilter'"),
+        (LICENSE, "{% macro f(a, a) %}{% endmacro %}", 0, "duplicate argument"),
+        (LICENSE, "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", 0, "nested too deeply"),
         (LICENSE, "x" * 100_001, 0, "more than 100000 characters"),
         ("_licence.md.j2", "", 0, "no part of the card has this name; they are _about.md.j2"),
         ("model_card.md.j2", "", 0, "no part of the card has this name"),
@@ -95,6 +105,43 @@ def test_what_is_wrong_is_seen_before_anything_is_rendered(name: str, text: str,
     (found,) = own_template_problems(own(text, name))
     assert (found.name, found.line) == (name, line)
     assert message in found.message
+
+
+def test_a_template_may_ask_for_a_filter() -> None:
+    asked = "{% if 'nofilter' is filter %}{{ card.title | nofilter }}{% endif %}"
+    assert own_template_problems(own(asked)) == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("<script>alert(1)</script>", "card/_license.md.j2:3"),
+        ("Of {{ card.title }} <script>alert(1)</script>", "card/_license.md.j2:3"),
+        ("{{ '<form>' }}alert(1)", "card/_license.md.j2:3"),
+        ("{% for i in range(2) %}<div>{% endfor %}", "card/_license.md.j2:3"),
+        ("{% if card %}<div>{% else %}none{% endif %}", "card/_license.md.j2:3"),
+        ("<DIV class={{ card.license.id }}>", "card/_license.md.j2:3"),
+        ("[{{ card.license.id }}](javascript:alert(1))", "card/_license.md.j2:3"),
+        ("<b onclick='x'>{{ card.license.id }}</b>", "card/_license.md.j2:3"),
+        ("hid\u202eden {{ card.license.id }}", "card/_license.md.j2:3"),
+        ("{{ '<scr' ~ 'ipt>' }}x", "card"),
+        ("<i> hf_secret\n\n<i>", "card/_license.md.j2"),
+        ("<i>\n\n<i>", "card/_license.md.j2:3"),
+    ],
+)
+def test_what_is_refused_in_the_page_names_the_line_of_the_template(text: str, place: str) -> None:
+    templates = OwnTemplates(folder="card", texts={LICENSE: f"## Licence\n\n{text} hf_secret\n", "_webui.md.j2": ""})
+    with pytest.raises(CardError) as caught:
+        page(templates)
+    assert caught.value.where == place
+    assert "of the page" not in caught.value.why
+    assert "secret" not in str(caught.value), "a line of a template may have a secret"
+    assert ("it comes from one of _license.md.j2, _webui.md.j2" in caught.value.why) == (place == "card")
+
+
+def test_what_no_line_shows_is_placed_at_the_only_file() -> None:
+    with pytest.raises(CardError, match=r"card/_license\.md\.j2: the recipe's templates"):
+        page(own("{{ '<scr' ~ 'ipt>' }}x\n"))
 
 
 def with_templates(recipe: Path, text: str, name: str = LICENSE, folder: str = "card") -> RecipeFile:
@@ -149,16 +196,36 @@ PYTHON = "```python\n{}\n```"
         ("token hf_" + "a" * 34, ":4: card.templates: "),
         (
             "<script>alert(1)</script>",
-            ": card.templates: the recipe's templates make a page that cannot be published: ",
+            ":4: card.templates: the recipe's templates make a page that cannot be published: the element <script> is",
         ),
+        (
+            "[a](javascript:alert(1)) {{ card.title | inline }}",
+            ":4: card.templates: the recipe's templates make a page that cannot be published: ",
+        ),
+        ("<div>", ":4: card.templates: the recipe's templates make a page that cannot be published: it leaves <div>"),
+        ("{{ card.title | nofilter }}", ":4: card.templates: No filter named 'nofilter'"),
+        ("{{ card.title is notest }}", ":4: card.templates: No test named 'notest'"),
+        (
+            '{% include "/etc/passwd" %}',
+            ":4: card.templates: a template includes what is no template of the card: '/etc/passwd' (include only the",
+        ),
+        ('{{ "".__class__.__mro__ }}', ":4: card.templates: the card's template cannot be filled in: access to"),
+        ("{{ 1/0 }}", ":4: card.templates: the card's template cannot be filled in: division by zero"),
+        ("{{ 1 / (card.title | length -\ncard.title | length) }}", ":4: card.templates: the card's template cannot"),
+        ("{{ card.title + 1 }}", ":4: card.templates: the card's template cannot be filled in: "),
+        ("{{ here.branch + 1 }}", ":4: card.templates: the card's template cannot be filled in: "),
+        ("{{ range(10 ** 9) }}", ":4: card.templates: the card's template cannot be filled in: Range too big"),
+        ("{{ card.links[99] }}", ":4: card.templates: the card's template cannot be filled in: "),
+        ("{% for each in branches %}{{ each.branch - 1 }}{% endfor %}", ":4: card.templates: the card's template "),
+        ("{{ [1] | join(1, 2, 3, 4) }}", ":4: card.templates: the card's template cannot be filled in: "),
         ("{{ card.titel }}", ":4: card.templates: the card's template cannot be filled in: 'packager.recipe"),
         ("{{ heer.branch }}", ":4: card.templates: the card's template cannot be filled in: 'heer' is undefined"),
-        ("{{ card.title | inlien }}", ":4: card.templates: a template is malformed: No filter named 'inlien'"),
-        ("{% include '_licence.md.j2' %}", ":4: card.templates: a template is missing: neither the recipe nor this"),
-        ("{% include '_license.md.j2' %}", ": card.templates: a template is malformed: it includes or calls itself"),
-        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", ": card.templates: a template is malformed: it includes"),
+        ("{{ card.title | inlien }}", ":4: card.templates: No filter named 'inlien'"),
+        ("{% include '_licence.md.j2' %}", ":4: card.templates: a template includes what is no template of the card"),
+        ("{% include '_license.md.j2' %}", ":4: card.templates: a template is malformed: it includes or calls itself"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", ":4: card.templates: a template is malformed: it includes"),
         ("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", ": card.templates: its parts are nested too deeply"),
-        ("{% if 1 %}" * 200 + "{% endif %}" * 200, ": card.templates: a template is malformed: its parts are nested"),
+        ("{% if 1 %}" * 200 + "{% endif %}" * 200, ": card.templates: too many levels of indentation"),
         (f"{{% if here.branch == '{ACT_ORDER}' %}}\nhuggingface-cli\n{{% endif %}}", ":5: card.templates: huggingface"),
     ],
 )
@@ -168,8 +235,7 @@ def test_what_the_audit_of_the_card_refuses_is_an_error_of_the_plan(
     recipe_file = with_templates(builds.copy(tmp_path), f"## Licence\n\n{'{# #}'}\n{text}\n")
     with pytest.raises(PlanError) as caught:
         make_plan(recipe_file)
-    place = tmp_path / "card" / ("" if "page that" in problem or "it includes" in problem else LICENSE)
-    assert f"{place}{problem}" in caught.value.why
+    assert f"{tmp_path / 'card' / LICENSE}{problem}" in caught.value.why
     assert "a" * 34 not in caught.value.why, "a secret is not shown whole"
 
 
@@ -204,6 +270,15 @@ def test_a_template_that_takes_too_much_memory_is_an_error_of_the_card() -> None
         "{{ here.provenance.quality | figure('perplexity') }}",
         "{{ here.provenance.linears[0].loss }}",
         "{{ here.provenance.versions['autogptq'] }}",
+        "{{ here.provenance.versions.get('autogptq') + '!' }}",
+        "{{ 'of ' + here.provenance.versions.get('autogptq') }}",
+        "{{ 1 / (here.provenance.linears | selectattr('damp_percent', 'gt', 0.01) | list | length) }}",
+        "{% set many = here.provenance.linears | selectattr('loss', 'gt', 1) | list | length %}{{ 1 / many }}",
+        "{% set card = here.provenance.versions %}{{ card.autogptq }}",
+        "{{ here.provenance.device.index('RTX') }}",
+        "{{ (here.provenance.linears | selectattr('loss', 'gt', 1) | first).name }}",
+        "{{ 1 / here.provenance.linears |\nselectattr('loss', 'gt', 1) | list | length }}",
+        "{{ 1 / (\nhere.provenance.linears | selectattr('loss', 'gt', 1) | list | length) }}",
         "{{ speed[0].forward }}",
         "{% if here.provenance.quality %}{% set better = 1 %}{% endif %}{{ better }}",
         "{% if here.provenance.quality %}measured{% else %}{{ '{{ perplexity }}' }}{% endif %}",

@@ -27,7 +27,9 @@ from packager.card.own_templates import (
     OwnTemplates,
     TemplateProblem,
     assigned_names,
+    names_read,
     partials,
+    place_of,
     template_problems,
     with_own,
 )
@@ -41,7 +43,7 @@ from packager.model.front_matter import split_front_matter
 from packager.model.runtimes import title_of
 from packager.receipt import AUTOGPTQ_PINS, PICTURE_FILES, LoaderRunRecord, Provenance
 from packager.recipe import CardStyle, Recipe
-from packager.system.text import format_bytes
+from packager.system.text import format_bytes, quoted
 from packager.variant import MAIN
 
 TEMPLATE = "model_card.md.j2"
@@ -51,7 +53,7 @@ HUB = "https://huggingface.co"
 # Errors of a recipe's templates, which the plan looks for.
 CANNOT_FILL_IN = "the card's template cannot be filled in"
 MALFORMED = "a template is malformed"
-MISSING = "a template is missing"
+NOT_INCLUDED = "a template includes what is no template of the card"
 NOT_PUBLISHABLE = "the recipe's templates make a page that cannot be published"
 
 
@@ -150,7 +152,7 @@ def _rendered(page: str, context: Mapping[str, object], own: OwnTemplates | None
         template = (with_own(environment, own) if own is not None else environment).get_template(page)
         return template.render(context)
     except CardError as error:
-        raise CardError(error.what, where=_line_of(error), why=error.why, hint=error.hint) from error
+        raise CardError(error.what, where=_lines_of(error)[-1], why=error.why, hint=error.hint) from error
     except (
         TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, SyntaxError, TypeError,
         ValueError,
@@ -161,12 +163,9 @@ def _rendered(page: str, context: Mapping[str, object], own: OwnTemplates | None
 def _check_own_page(page: str, own: OwnTemplates) -> None:
     """Raise CardError if the recipe's templates made a page that changes itself or the reader's browser."""
     if found := text_problems(page):
-        raise CardError(
-            NOT_PUBLISHABLE,
-            where=own.folder,
-            why="\n       ".join(f"line {problem.line} of the page: {problem.message}" for problem in found),
-            hint=found[0].hint,
-        )
+        (where, why), *others = (place_of(own, problem, page) for problem in found)
+        why = "\n       ".join((why, *(f"{place}: {message}" for place, message in others)))
+        raise CardError(NOT_PUBLISHABLE, where=where, why=why, hint=found[0].hint)
 
 
 def own_template_problems(own: OwnTemplates) -> tuple[TemplateProblem, ...]:
@@ -180,6 +179,20 @@ def given_names(own: OwnTemplates) -> frozenset[str]:
     folder = templates_dir()
     texts = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.j2"))]
     return assigned_names(_environment(folder), (*texts, *own.texts.values()))
+
+
+def own_names(own: OwnTemplates) -> frozenset[str]:
+    """Return the names to which a recipe's templates give a value somewhere."""
+    return assigned_names(_environment(templates_dir()), own.texts.values())
+
+
+def names_read_at(own: OwnTemplates, where: str) -> frozenset[str] | None:
+    """Return the names that a line of a recipe's templates reads, None if `where`, `file:line`, is none of them."""
+    path, _, line = where.rpartition(":")
+    for name, text in own.texts.items():
+        if path == own.path(name):
+            return names_read(_environment(templates_dir()), text, int(line))
+    return None
 
 
 def templates_dir() -> Path:
@@ -336,33 +349,40 @@ def _environment(folder: Path) -> ImmutableSandboxedEnvironment:
     return environment
 
 
-def _line_of(error: BaseException) -> str:
-    """Return `template:line` of the innermost template line an error passed through."""
-    where, trace = "", error.__traceback__
+def _lines_of(error: BaseException) -> list[str]:
+    """Return `template:line` of the lines an error passed through, the innermost last: of a recipe's, else of ours."""
+    own: list[str] = []
+    built_in: list[str] = []
+    trace = error.__traceback__
     while trace is not None:
-        name = trace.tb_frame.f_code.co_filename
-        if name.endswith(".j2"):
-            # Built-in templates have absolute paths; those of a recipe are named as the recipe names them.
-            where = f"{Path(name).name if Path(name).is_absolute() else name}:{trace.tb_lineno}"
+        file = trace.tb_frame.f_code.co_filename
+        if file.endswith(".j2"):
+            (built_in if Path(file).is_absolute() else own).append(f"{_shown(file)}:{trace.tb_lineno}")
         trace = trace.tb_next
-    return where
+    return own or built_in or [""]
+
+
+def _shown(file: str) -> str:
+    # Built-in templates have absolute paths; those of a recipe are named as the recipe names them.
+    return Path(file).name if Path(file).is_absolute() else file
 
 
 def _translated(error: Exception, folder: Path, own: OwnTemplates | None) -> CardError:
-    hint = "this is a mistake in the template, not in a text or a figure"
+    hint, lines = "this is a mistake in the template, not in a text or a figure", _lines_of(error)
     if isinstance(error, TemplateSyntaxError):
-        name = own.path(str(error.name)) if own is not None and error.name in own.texts else error.name
-        return CardError(MALFORMED, where=f"{name}:{error.lineno}", why=str(error.message), hint=hint)
+        file = _shown(error.filename or str(error.name))
+        return CardError(MALFORMED, where=f"{file}:{error.lineno}", why=str(error.message), hint=hint)
     if isinstance(error, TemplateNotFound):
-        if (where := _line_of(error)) and own is not None:
-            why = f"neither the recipe nor this package has a template {str(error.name)!r}"
-            return CardError(MISSING, where=where, why=why, hint=hint)
-        return CardError(MISSING, where=str(folder / str(error.name)), hint="install the package again")
+        if own is not None and lines[-1].rpartition(":")[0] in {own.path(name) for name in own.texts}:
+            hint = "include only the card's templates and those of the folder that card.templates names"
+            return CardError(NOT_INCLUDED, where=lines[-1], why=quoted(str(error.message)), hint=hint)
+        return CardError("a template is missing", where=str(folder / str(error.name)), hint="install the package again")
     if isinstance(error, RecursionError):
+        # The innermost line is where the stack happens to end.
         why = "it includes or calls itself without end, or its parts are nested too deeply"
-        return CardError(MALFORMED, where=own.folder if own is not None else "", why=why, hint=hint)
+        return CardError(MALFORMED, where=lines[0] or (own.folder if own is not None else ""), why=why, hint=hint)
     if isinstance(error, SyntaxError):  # of the Python that a template is compiled to
-        where = error.filename or ""
+        where = _shown(error.filename or "")
         return CardError(MALFORMED, where=where, why=f"its parts are nested too deeply: {error.msg}", hint=hint)
     why = str(error) or "it takes more memory than there is"  # the text of a MemoryError is empty
-    return CardError(CANNOT_FILL_IN, where=_line_of(error), why=why, hint=hint)
+    return CardError(CANNOT_FILL_IN, where=lines[-1], why=why, hint=hint)

@@ -5,17 +5,21 @@ from these texts and the built-in folder alone, and the finished page must not c
 A template that computes for ever is not stopped.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Final
 
 from jinja2 import BytecodeCache, ChoiceLoader, FunctionLoader, TemplateSyntaxError, nodes
 from jinja2.bccache import Bucket
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from packager.card.raw_text import MAX_CHARACTERS
+from packager.card.raw_text import MAX_CHARACTERS, TextProblem
 from packager.card.sections import SECTION_FILES, SECTIONS, section_problems
 
+_IN_BRACES: Final = re.compile(r"\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\}")
+_MOST_NAMED: Final = 5  # files in one message
 _Source = tuple[str, str | None, Callable[[], bool] | None]
 
 
@@ -124,9 +128,74 @@ def template_problems(
         elif len(text) > MAX_CHARACTERS:
             yield TemplateProblem(name=name, line=0, message=f"it has more than {MAX_CHARACTERS} characters")
         else:
-            try:
-                environment.parse(text)
-            except TemplateSyntaxError as error:
-                yield TemplateProblem(name=name, line=error.lineno, message=str(error.message))
-            except RecursionError:
-                yield TemplateProblem(name=name, line=0, message="its parts are nested too deeply")
+            yield from _compile_problems(environment, name, text)
+
+
+def _compile_problems(environment: ImmutableSandboxedEnvironment, name: str, text: str) -> Iterator[TemplateProblem]:
+    """Yield why a template cannot be compiled, and each filter and test that does not exist.
+
+    In a branch of an `if` Jinja looks for a filter when the branch is rendered. A template may ask whether there is one
+    (`is filter`), then nothing is said of those that are missing.
+    """
+    try:
+        environment.compile(text, name)
+    except TemplateSyntaxError as error:
+        yield TemplateProblem(name=name, line=error.lineno, message=str(error.message))
+    except (SyntaxError, RecursionError, MemoryError) as error:  # of the Python code that Jinja makes
+        message = error.msg if isinstance(error, SyntaxError) else "its parts are nested too deeply"
+        yield TemplateProblem(name=name, line=0, message=message)
+    else:
+        used = list(environment.parse(text).find_all((nodes.Filter, nodes.Test)))
+        if any(isinstance(node, nodes.Test) and node.name in ("filter", "test") for node in used):
+            return
+        for node in used:
+            kind, known = (
+                ("filter", environment.filters) if isinstance(node, nodes.Filter) else ("test", environment.tests)
+            )
+            if node.name not in known:
+                yield TemplateProblem(name=name, line=node.lineno, message=f"No {kind} named {node.name!r} found.")
+
+
+def names_read(environment: ImmutableSandboxedEnvironment, text: str, line: int) -> frozenset[str]:
+    """Return the names whose values the statements and expressions of a template's line read."""
+    found: set[str] = set()
+    for node in environment.parse(text).find_all(nodes.Node):
+        if node.lineno == line:
+            read = [node] if isinstance(node, nodes.Expr) else list(node.iter_child_nodes())
+            for each in read:
+                if isinstance(each, nodes.Name):
+                    found.add(each.name)
+                elif isinstance(each, nodes.Expr):
+                    found |= {name.name for name in each.find_all(nodes.Name)}
+    return frozenset(found)
+
+
+def place_of(own: OwnTemplates, problem: TextProblem, page: str) -> tuple[str, str]:
+    """Return where a problem of a page comes from, and its message.
+
+    The place is file and line if one line of the templates has what is refused, else the file if there is one, else
+    the folder; then the message names the files. No line is shown: it may have a secret.
+    """
+    of_page = page.replace("\r\n", "\n").replace("\r", "\n").split("\n")[problem.line - 1].strip()
+    lines = [
+        (own.path(name), number, line)
+        for name, text in own.texts.items()
+        for number, line in enumerate(text.split("\n"), start=1)
+    ]
+    for words in (of_page, problem.words):
+        found = [(path, number) for path, number, line in lines if words and _writes(line, words, of_page)]
+        if len(found) == 1:
+            return f"{found[0][0]}:{found[0][1]}", problem.message
+    files = {path for path, _ in found} or {own.path(name) for name in own.texts}
+    if len(files) == 1:
+        return files.pop(), problem.message
+    more = f" or {len(own.texts) - _MOST_NAMED} more" if len(own.texts) > _MOST_NAMED else ""
+    names = ", ".join(sorted(own.texts)[:_MOST_NAMED])
+    return own.folder, f"{problem.message}; it comes from one of {names}{more}"
+
+
+def _writes(line: str, words: str, of_page: str) -> bool:
+    """Return whether a line of a template has words, and what stands around them is on the line of the page."""
+    words = words.lower()
+    parts = [part for part in _IN_BRACES.split(line) if words in part.lower()]
+    return words in line.lower() and all(part.strip() in of_page for part in parts)

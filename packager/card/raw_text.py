@@ -44,11 +44,16 @@ _ACTIVE = frozenset(_ACTIVE_NAMES.split())
 
 @dataclass(frozen=True, kw_only=True)
 class TextProblem:
-    """One reason not to put a text into a card, with the line of the text, counted from 1."""
+    """One reason not to put a text into a card, with the line of the text, counted from 1.
+
+    Attributes:
+        words: what of the text is refused, to find where it comes from; "" if that is the line as a whole.
+    """
 
     line: int
     message: str
     hint: str
+    words: str = ""
 
 
 def text_problems(text: str) -> tuple[TextProblem, ...]:
@@ -67,7 +72,7 @@ def _hidden(text: str) -> Iterator[TextProblem]:
     for number, line in enumerate(text.split("\n"), start=1):
         for match in HIDDEN.finditer(line):
             message = f"the invisible character U+{ord(match.group()):04X} at column {match.start() + 1} is refused"
-            yield TextProblem(line=number, message=message, hint="delete it")
+            yield TextProblem(line=number, message=message, hint="delete it", words=match.group())
 
 
 def _open_block(text: str) -> Iterator[TextProblem]:
@@ -101,7 +106,8 @@ def _markup(text: str) -> Iterator[TextProblem]:
     yield from tags.found
     for name, line in tags.open:
         hint = f"write </{name}> where the element ends"
-        yield TextProblem(line=line, message=f"it leaves <{name}> open: what follows becomes part of it", hint=hint)
+        message = f"it leaves <{name}> open: what follows becomes part of it"
+        yield TextProblem(line=line, message=message, hint=hint, words=f"<{name}")
 
 
 def _inline(children: "Sequence[Token]", line: int, tags: "_Tags") -> Iterator[TextProblem]:
@@ -121,7 +127,7 @@ def _address(address: str, line: int) -> Iterator[TextProblem]:
     if scheme and scheme[1].lower() not in _SCHEMES:
         message = f"the address {quoted(address)} has the scheme {quoted(scheme[1].lower())}"
         hint = "use http:, https:, mailto:, a relative address or #heading"
-        yield TextProblem(line=line, message=message, hint=hint)
+        yield TextProblem(line=line, message=message, hint=hint, words=address)
 
 
 def _line_of(text: str, words: str) -> int:
@@ -152,12 +158,13 @@ class _Tags:
         """Take a start tag; `closed` is `<name/>`, which HTML reads as `<name>` outside drawings and formulas."""
         if name in _ACTIVE:
             hint = "delete it: hosts remove it, and the card must not depend on it"
-            self.found.append(TextProblem(line=line, message=f"the element <{name}> is refused in a card", hint=hint))
+            message = f"the element <{name}> is refused in a card"
+            self.found.append(TextProblem(line=line, message=message, hint=hint, words=f"<{name}"))
             return
         for key, value in attributes:
             if key.startswith("on"):
                 message = f"the attribute {quoted(key)} of <{name}> runs a script"
-                self.found.append(TextProblem(line=line, message=message, hint="delete it"))
+                self.found.append(TextProblem(line=line, message=message, hint="delete it", words=key))
             elif key in _ADDRESSES:
                 self.found.extend(_address(value or "", line))
         drawing = any(other in ("svg", "math") for other, _ in self.open) or name in ("svg", "math")

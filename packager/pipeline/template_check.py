@@ -2,7 +2,7 @@
 
 Before a build nothing is measured. So each page is rendered twice, without measurements and with made-up ones: what is
 wrong in both is taken to be wrong in the finished page. What is wrong in one of them may depend on the figures, and is
-left to the build.
+left to the build; so is an error that an entry can make which neither page has (the version of another package).
 """
 
 import re
@@ -11,7 +11,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Final
 
-from packager.card import CANNOT_FILL_IN, MALFORMED, MISSING, NOT_PUBLISHABLE, given_names
+from jinja2 import UndefinedError
+
+from packager.card import (
+    CANNOT_FILL_IN,
+    MALFORMED,
+    NOT_INCLUDED,
+    NOT_PUBLISHABLE,
+    given_names,
+    names_read_at,
+    own_names,
+)
 from packager.card.own_templates import OwnTemplates
 from packager.errors import CardError
 from packager.model.front_matter import split_front_matter
@@ -22,6 +32,15 @@ from packager.prove.audit.card import words_problems
 # Mistakes that no figure changes: a name that nothing gives, and a field that our records do not have.
 _NO_NAME: Final = re.compile(r"'(\w+)' is undefined")
 _NO_FIELD: Final = re.compile(r"'packager\.[\w.]+ object' has no attribute '\w+'")
+# Kinds of errors that an entry can make which is in no page of the plan, but may be in the finished one: another
+# package's version, a sum over linears of which no made-up one is chosen.
+_OF_ENTRIES: Final = (UndefinedError, ArithmeticError, LookupError, ValueError, CardError)
+_NONE: Final = "NoneType"
+# What the recipe says, which no build changes, and functions of Jinja.
+_OF_RECIPE: Final = frozenset(
+    ("card", "recipe", "repository", "repository_name", "hub", "main", "noun", "separate", "own_links", "license_files")
+)
+_FUNCTIONS: Final = frozenset(("range", "dict"))
 _FENCES: Final = ("```", "~~~")
 _MOST_ALIKE: Final = 10  # problems with one message that are shown: a template that loops makes thousands
 _Findings = dict[tuple[str, str], str]  # the hint, by message and line of the page
@@ -99,12 +118,19 @@ def _is_certain(error: CardError, again: CardError, own: OwnTemplates, branch: s
     """Return whether the errors of both pages of a branch are one, and that of the finished page."""
     if (error.what, error.where) != (again.what, again.where):
         return False
-    if error.what in (NOT_PUBLISHABLE, MALFORMED, MISSING) or error.where == f"the card of {branch}":
+    if error.what in (NOT_PUBLISHABLE, MALFORMED, NOT_INCLUDED) or error.where == f"the card of {branch}":
         return True  # of the page as a whole, or of a template before it is filled in
-    if error.what != CANNOT_FILL_IN or error.why != again.why:
+    kind = type(error.__cause__)
+    if error.why != again.why or kind is not type(again.__cause__):
         return False
-    name = _NO_NAME.fullmatch(error.why)
-    return name[1] not in given_names(own) if name else _NO_FIELD.fullmatch(error.why) is not None
+    if error.what == CANNOT_FILL_IN and kind is UndefinedError:
+        name = _NO_NAME.fullmatch(error.why)
+        if name[1] not in given_names(own) if name else _NO_FIELD.fullmatch(error.why):
+            return True
+    if not issubclass(kind, _OF_ENTRIES) and _NONE not in error.why:
+        return True
+    read = names_read_at(own, error.where)
+    return read is not None and read <= (_OF_RECIPE | _FUNCTIONS) - own_names(own)
 
 
 def _places(
