@@ -124,6 +124,8 @@ def test_a_template_may_ask_for_a_filter() -> None:
         ("[{{ card.license.id }}](javascript:alert(1))", "card/_license.md.j2:3"),
         ("<b onclick='x'>{{ card.license.id }}</b>", "card/_license.md.j2:3"),
         ("hid\u202eden {{ card.license.id }}", "card/_license.md.j2:3"),
+        ("<script> {{ card.license.id }}", "card/_license.md.j2:3"),
+        ("```{{ card.license.id }}", "card/_license.md.j2:3"),
         ("{{ '<scr' ~ 'ipt>' }}x", "card"),
         ("<i> hf_secret\n\n<i>", "card/_license.md.j2"),
         ("<i>\n\n<i>", "card/_license.md.j2:3"),
@@ -201,6 +203,10 @@ PYTHON = "```python\n{}\n```"
         (
             "[a](javascript:alert(1)) {{ card.title | inline }}",
             ":4: card.templates: the recipe's templates make a page that cannot be published: ",
+        ),
+        (
+            "{% if is_preview %}<a onclick=x>{% endif %}\n\n<form>",
+            ":6: card.templates: the recipe's templates make a page that cannot be published: the element <form> is",
         ),
         ("<div>", ":4: card.templates: the recipe's templates make a page that cannot be published: it leaves <div>"),
         ("{{ card.title | nofilter }}", ":4: card.templates: No filter named 'nofilter'"),
@@ -280,6 +286,8 @@ def test_a_template_that_takes_too_much_memory_is_an_error_of_the_card() -> None
         "{{ 1 / here.provenance.linears |\nselectattr('loss', 'gt', 1) | list | length }}",
         "{{ 1 / (\nhere.provenance.linears | selectattr('loss', 'gt', 1) | list | length) }}",
         "{{ speed[0].forward }}",
+        "{% if is_preview %}\n\n<form>\n{% endif %}",
+        "{% if is_preview %}\n\n<form>\n{% else %}\n<a onclick='x'></a>\n{% endif %}",
         "{% if here.provenance.quality %}{% set better = 1 %}{% endif %}{{ better }}",
         "{% if here.provenance.quality %}measured{% else %}{{ '{{ perplexity }}' }}{% endif %}",
         "{% if is_preview %}huggingface-cli{% endif %}",

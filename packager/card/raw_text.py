@@ -32,6 +32,7 @@ _DROPPED_IN_URLS = re.compile(r"[\t\n\r]|^[\x00-\x20]+")
 _ADDRESSES = frozenset(
     {"href", "src", "action", "formaction", "xlink:href", "poster", "data", "background", "cite", "longdesc", "srcset"}
 )
+_OPENS = re.compile(r"`{3,}|~{3,}|<!--|<[?!]?[A-Za-z][A-Za-z0-9-]*")  # a block of a page, where it begins
 _VOID_NAMES = "area base br col embed hr img input link meta param source track wbr"
 _VOID = frozenset(_VOID_NAMES.split())
 # Their end tags may be left out: the next heading or paragraph of the page closes them, or nothing is hidden by them.
@@ -85,9 +86,10 @@ def _open_block(text: str) -> Iterator[TextProblem]:
         return
     line = (tokens[-1].map or [0])[0] + 1 if last != own else text[: text.rfind("<!--")].count("\n") + 1
     hint = "close it in the file that the recipe names"
-    yield TextProblem(
-        line=line, message=f"it leaves {problem or 'a block'} open: what follows becomes part of it", hint=hint
-    )
+    message = f"it leaves {problem or 'a block'} open: what follows becomes part of it"
+    opens = _OPENS.search(text.split("\n")[line - 1])
+    words = opens[0] if opens else ""
+    yield TextProblem(line=line, message=message, hint=hint, words=words)
 
 
 def _markup(text: str) -> Iterator[TextProblem]:

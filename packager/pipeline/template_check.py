@@ -116,21 +116,35 @@ def _error_of(render: Callable[[], str]) -> CardError | None:
 
 def _is_certain(error: CardError, again: CardError, own: OwnTemplates, branch: str) -> bool:
     """Return whether the errors of both pages of a branch are one, and that of the finished page."""
+    if error.what == again.what == NOT_PUBLISHABLE:
+        return not _refused_at(error).isdisjoint(_refused_at(again))
     if (error.what, error.where) != (again.what, again.where):
         return False
-    if error.what in (NOT_PUBLISHABLE, MALFORMED, NOT_INCLUDED) or error.where == f"the card of {branch}":
+    if error.what in (MALFORMED, NOT_INCLUDED) or error.where == f"the card of {branch}":
         return True  # of the page as a whole, or of a template before it is filled in
-    kind = type(error.__cause__)
-    if error.why != again.why or kind is not type(again.__cause__):
+    if error.why != again.why or type(error.__cause__) is not type(again.__cause__):
         return False
+    return not _is_of_an_entry(error, own) or _reads_the_recipe_alone(own, error.where)
+
+
+def _is_of_an_entry(error: CardError, own: OwnTemplates) -> bool:
+    """Return whether an entry that neither page has could make an error, and its presence prevent it."""
+    kind = type(error.__cause__)
     if error.what == CANNOT_FILL_IN and kind is UndefinedError:
-        name = _NO_NAME.fullmatch(error.why)
-        if name[1] not in given_names(own) if name else _NO_FIELD.fullmatch(error.why):
-            return True
-    if not issubclass(kind, _OF_ENTRIES) and _NONE not in error.why:
-        return True
-    read = names_read_at(own, error.where)
+        if name := _NO_NAME.fullmatch(error.why):
+            return name[1] in given_names(own)
+        return _NO_FIELD.fullmatch(error.why) is None
+    return issubclass(kind, _OF_ENTRIES) or _NONE in error.why
+
+
+def _reads_the_recipe_alone(own: OwnTemplates, where: str) -> bool:
+    read = names_read_at(own, where)
     return read is not None and read <= (_OF_RECIPE | _FUNCTIONS) - own_names(own)
+
+
+def _refused_at(error: CardError) -> set[str]:
+    """Return all places that an error of a page names: the first as its own, each other at the beginning of a line."""
+    return {error.where, *(line.strip().partition(": ")[0] for line in error.why.split("\n")[1:])}
 
 
 def _places(
