@@ -8,10 +8,18 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from markdown_it import MarkdownIt
+from matplotlib.artist import Artist
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 
 from packager.card import CardTexts, render_card
 from packager.card import plot as plot_module
+from packager.card.choice import CachedContext
 from packager.card.plot import Plot, PlotPoint, draw_picture, in_words, plot_of
 from packager.errors import MachineError, StateError
 from packager.pipeline import cards, flow
@@ -155,6 +163,108 @@ def test_values_of_other_orders_of_magnitude_are_told_apart() -> None:
     steps = heights(0.3, 0.2, 0.1)
     assert steps[1] - steps[0] == pytest.approx(steps[2] - steps[1], rel=1e-3), "a linear axis"
     assert len(heights(0.1, 0.0)) == 2, "the divergence of a branch that is the model itself"
+
+
+def drawn_figure(plot: Plot) -> Figure:
+    """Return the figure of a picture, laid out as for drawing."""
+    figures: list[Figure] = []
+
+    def lay_out(figure: Figure, *_: Any, **__: Any) -> None:
+        if not figures:  # the others have the same figures
+            figure.draw_without_rendering()
+            figures.append(figure)
+
+    draw_picture.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lay_out)
+        draw_picture(plot)
+    draw_picture.cache_clear()
+    return figures[0]
+
+
+def under_fp16(figure: Figure) -> tuple[float, list[object]]:
+    """Return how many pixels above the bottom of the axes a picture names the fp16 model, and what lies under the name.
+
+    That is markers, bars and words. The axes cut off what of a bar lies outside.
+    """
+    (axes,) = figure.axes
+    texts = [each for each in figure.findobj(Text) if isinstance(each, Text) and each.get_text()]
+    (name,) = [each for each in texts if each.get_text().startswith("fp16: ")]
+    place = name.get_window_extent()
+    found: list[object] = [each.get_text() for each in texts if each is not name and place.overlaps(_extent(each))]
+    if inside := Bbox.intersection(place, axes.bbox):
+        found += [line for line in axes.lines if inside.overlaps(_extent(line))]
+        bars = [bar for each in axes.collections if isinstance(each, LineCollection) for bar in each.get_segments()]
+        found += [bar for bar in bars if inside.overlaps(Bbox(axes.transData.transform(bar)))]
+    return place.y0 - axes.bbox.y0, found
+
+
+def _extent(artist: Artist) -> Bbox:
+    return artist.get_window_extent()
+
+
+def demo_plot(*others: tuple[int, float, float | None]) -> Plot:
+    """Return the demo's figures with those of other branches: bytes, KL divergence, its standard error."""
+    figures = [
+        (2_961_880, 2.352e-4, 1.158e-5), (3_169_264, 1.956e-4, 9.99e-6), (3_031_000, 2.188e-4, 1.042e-5),
+        (2_961_880, 2.537e-4, 1.297e-5), *others,
+    ]  # fmt: skip
+    points = (
+        PlotPoint(branch=f"{number}", size_bytes=size, kl=kl, error=error)
+        for number, (size, kl, error) in enumerate(figures)
+    )
+    return Plot(points=tuple(points), base_bytes=8_133_120, context=CachedContext(tokens=512, cache_bytes=1_572_864))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param((4_745_280, 1.002e-6, 4.753e-8), id="8 bits: a logarithmic axis"),
+        pytest.param((4_745_280, 1.2e-5, None), id="a linear axis"),
+        pytest.param((4_400_000, 3e-5, 1.4e-5), id="the bar alone"),
+        pytest.param((4_745_280, 1e-6, 1e-5), id="a bar to less than 0"),
+    ],
+)
+def test_a_branch_in_the_corner_is_not_under_the_name_of_fp16(other: tuple[int, float, float | None]) -> None:
+    height, found = under_fp16(drawn_figure(demo_plot(other)))
+    assert found == []
+    assert height < -20, "below the axes and the numbers of their ticks"
+
+
+def test_sizes_that_differ_little_leave_the_name_of_fp16_alone() -> None:
+    """matplotlib writes what the ticks have in common on the line of the axis's title."""
+    points = tuple(
+        PlotPoint(branch=str(size), size_bytes=size, kl=kl, error=None)
+        for size, kl in ((2_961_880, 2e-4), (2_961_890, 1e-6))
+    )
+    figure = drawn_figure(Plot(points=points, base_bytes=8_133_120))
+    assert figure.axes[0].xaxis.get_offset_text().get_text()
+    assert under_fp16(figure)[1] == []
+
+
+@pytest.mark.parametrize("plot", [llama_plot(), demo_plot(), demo_plot((4_745_280, 0.0, None))])
+def test_a_free_corner_has_the_name_of_fp16(plot: Plot) -> None:
+    figure = drawn_figure(plot)
+    height, found = under_fp16(figure)
+    assert found == []
+    assert height == pytest.approx(16, abs=4)
+    assert figure.axes[0].xaxis.label.get_horizontalalignment() == "center"
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(10**5, 10**12), st.floats(1e-9, 10), st.none() | st.floats(1e-9, 1)),
+        min_size=2, max_size=12,
+    )
+)  # fmt: skip
+def test_nothing_is_under_the_name_of_fp16(figures: list[tuple[int, float, float | None]]) -> None:
+    points = tuple(
+        PlotPoint(branch=f"branch-{number}", size_bytes=size, kl=kl, error=error)
+        for number, (size, kl, error) in enumerate(figures)
+    )
+    context = CachedContext(tokens=4096, cache_bytes=10**9)
+    assert under_fp16(drawn_figure(Plot(points=points, base_bytes=10**13, context=context)))[1] == []
 
 
 def test_the_alternative_text_has_the_figures() -> None:

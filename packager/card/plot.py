@@ -6,7 +6,7 @@ The same figures give the same bytes: no date, no name of a program, ids from a 
 import io
 import operator
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,9 +20,10 @@ from packager.system.text import BYTE_UNITS
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.transforms import Bbox
 
 # Raise it when the picture of the same figures changes: finished cards get the new one then.
-PLOT_VERSION = 2
+PLOT_VERSION = 3
 _INCHES = (8.0, 4.0)
 # Left, bottom, width and height of the axes, as fractions; the legend stands at their right. A layout that matplotlib
 # computes takes twice the time, and a build in the tests draws too.
@@ -31,6 +32,8 @@ _LEGEND_CHARACTERS = 34
 _DPI = 144
 # A logarithmic axis where a linear one would show the small values as one line.
 _LOG_RATIO = 20
+# Points (1/72 inch) of a marker's width, of half an error bar's cap, and of the space around either.
+_MARKER, _CAP, _SPACE = 7.0, 4.0, 3.0
 _MARKERS = "osD^vPX<>*"
 # Okabe and Ito's colours, which colour-blind readers tell apart; yellow is left out, which a white page swallows.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C8C8C")
@@ -138,7 +141,7 @@ def _fill(figure: "Figure", plot: Plot, theme: Theme) -> None:
     for number, point in enumerate(sorted(plot.points, key=lambda point: (-point.kl, point.branch))):
         twice = None if point.error is None else 2 * point.error
         axes.errorbar(
-            point.size_bytes / factor, point.kl, yerr=twice, linestyle="", capsize=4, markersize=7,
+            point.size_bytes / factor, point.kl, yerr=twice, linestyle="", capsize=_CAP, markersize=_MARKER,
             label=textwrap.fill(point.branch, _LEGEND_CHARACTERS),
             color=_COLOURS[number % len(_COLOURS)], marker=_MARKERS[number % len(_MARKERS)],
         )  # fmt: skip
@@ -148,10 +151,7 @@ def _fill(figure: "Figure", plot: Plot, theme: Theme) -> None:
     axes.set_axisbelow(True)
     _scale(axes, plot)
     axes.margins(x=0.12)
-    axes.annotate(
-        f"fp16: {short_size(plot.base_bytes)}, KL 0 \u2192", xy=(1.0, 0.0), xytext=(-8, 8), xycoords="axes fraction",
-        textcoords="offset points", ha="right", va="bottom", color=theme.text, fontsize=9,
-    )  # fmt: skip
+    _name_fp16(axes, plot, theme, factor)
     if plot.context is not None:
         # Every branch caches the same: memory is another scale of the same axis.
         cached = plot.context.cache_bytes / factor
@@ -167,6 +167,39 @@ def _scale(axes: "Axes", plot: Plot) -> None:
         axes.set_yscale("log")
     else:
         axes.set_ylim(bottom=0)
+
+
+def _name_fp16(axes: "Axes", plot: Plot, theme: Theme, factor: int) -> None:
+    """Write where the fp16 model lies: in the lower right corner of the axes, or below them if a branch is there.
+
+    The axis's title, which is on the same line below, goes to the left then.
+    """
+    name = axes.annotate(
+        f"fp16: {short_size(plot.base_bytes)}, KL 0 \u2192", xy=(1.0, 0.0), xytext=(-8, 8), xycoords="axes fraction",
+        textcoords="offset points", ha="right", va="bottom", color=theme.text, fontsize=9,
+    )  # fmt: skip
+    written = name.get_window_extent()
+    if any(written.overlaps(branch) for branch in _branches(axes, plot, factor)):
+        name.remove()
+        axes.set_xlabel(axes.get_xlabel(), loc="left")
+        # At the left of what matplotlib writes there if sizes differ little, such as "1e-5+2.96".
+        axes.annotate(
+            name.get_text(), xy=(0.0, 0.5), xycoords=(axes.xaxis.offsetText, axes.xaxis.label), xytext=(-8, 0),
+            textcoords="offset points", ha="right", va="center", color=theme.text, fontsize=9,
+        )  # fmt: skip
+
+
+def _branches(axes: "Axes", plot: Plot, factor: int) -> "Iterator[Bbox]":
+    """Yield what each branch covers in pixels: its marker, and its error bar with the caps, with space around them."""
+    from matplotlib.transforms import Bbox
+
+    axes.autoscale_view()  # the limits of the axes, which are computed late otherwise
+    pixels_per_point = _DPI / 72
+    for point in plot.points:
+        ends = [point.kl + sign * 2 * (point.error or 0.0) for sign in (-1, 1)]
+        (x, low), (_, high) = axes.transData.transform([(point.size_bytes / factor, end) for end in ends])
+        wide, tall = ((size + _SPACE) * pixels_per_point for size in (max(_CAP, _MARKER / 2), _MARKER / 2))
+        yield Bbox.from_extents(x - wide, low - tall, x + wide, high + tall)
 
 
 def _saved(figure: "Figure", kind: Literal["svg", "png"]) -> bytes:
