@@ -27,12 +27,14 @@ from packager.inputs.named_model import NamedModel, find_model
 from packager.model.lock import LockedExperts
 from packager.pipeline import init_recipe
 from packager.pipeline.draft_recipe import Wishes, draft_recipe, variants_of
+from packager.pipeline.draft_texts import documents_note
 from packager.pipeline.plan import make_plan
 from packager.recipe import Recipe
 from packager.recipe.draft import draft_text
 from packager.recipe.file import RecipeFile
 from packager.recipe.lock_file import lock_path
 from packager.recipe.schema import schema_text
+from packager.recipe.text_models import Calibration, Evaluation
 from packager.recipe.yaml import parse
 from tests.locks import lock_of
 from tests.loopback_hub import Account, LoopbackHub
@@ -669,6 +671,62 @@ def test_a_hub_that_hangs_is_reported_soon(hub: LoopbackHub, monkeypatch: pytest
     with pytest.raises(SourceError, match="could not be downloaded"):
         find_model("tester/tiny", lambda _: None)
     assert time.monotonic() - started < 3
+
+
+def write_documents(path: Path, count: int, characters: int, *, key: str = "text") -> Path:
+    """Write JSON lines of documents, all different, each of about so many characters."""
+    documents = (sentences(2 + characters // 40, seed=number)[:characters] for number in range(count))
+    path.write_text("".join(json.dumps({key: document}) + "\n" for document in documents))
+    return path
+
+
+def test_many_short_documents_that_are_joined_are_said_with_the_key(folder: Path) -> None:
+    write_documents(folder / "calibration.jsonl", 300, 100)
+    done = run(*LOCAL, "--calibration", "calibration.jsonl", "--evaluation", "evaluation.txt")
+    assert done.exit_code == 0, done.output
+    recipe = RecipeFile.load(folder / "tiny-1b_chat.yaml").recipe
+    assert recipe.calibration.documents == "joined", "the default stays"
+    assert (
+        "the documents of calibration.jsonl are joined into one text, and most are far shorter than a row: if each is "
+        "a text of its own, write documents: separate under calibration"
+    ) in json.loads(done.stdout)["notes"]
+
+
+@pytest.mark.parametrize(
+    ("count", "characters", "changes", "said"),
+    [
+        pytest.param(32, 256, {}, True, id="two documents fill a row of 128 tokens"),
+        pytest.param(31, 256, {}, False, id="few documents"),
+        pytest.param(32, 257, {}, False, id="longer documents"),
+        pytest.param(32, 100, {"documents": "separate"}, False, id="separate already"),
+        pytest.param(32, 100, {"text_field": "body"}, True, id="another column"),
+        pytest.param(32, 100, {"messages_field": "text"}, False, id="conversations are separate"),
+    ],
+)
+def test_documents_are_short_beside_a_row(
+    tmp_path: Path, count: int, characters: int, changes: dict[str, Any], said: bool
+) -> None:
+    write_documents(tmp_path / "a.jsonl", count, characters, key=changes.get("text_field", "text"))
+    calibration = Calibration(path="a.jsonl", seq_len=128, **changes)
+    assert bool(documents_note({"calibration": calibration}, tmp_path)) == said
+
+
+def test_a_text_of_one_document_and_empty_rows_are_not_short_documents(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("A line.\n" * 1000)
+    assert documents_note({"evaluation": Evaluation(path="a.txt")}, tmp_path) == ""
+    long = write_documents(tmp_path / "a.jsonl", 40, 300).read_text()
+    (tmp_path / "a.jsonl").write_text(long + '{"text": ""}\n{"text": null}\n' * 100)
+    assert documents_note({"evaluation": Evaluation(path="a.jsonl", seq_len=128)}, tmp_path) == ""
+
+
+def test_two_texts_of_short_documents_are_one_note(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl"):
+        write_documents(tmp_path / name, 40, 100)
+    note = documents_note(
+        {"calibration": Calibration(path="a.jsonl"), "evaluation": Evaluation(path="b.jsonl")}, tmp_path
+    )
+    assert note.startswith("the documents of a.jsonl and b.jsonl are joined")
+    assert note.endswith("write documents: separate under calibration and evaluation")
 
 
 @pytest.mark.parametrize("experts", [False, True])

@@ -1,14 +1,22 @@
 """What a recipe says of a local text: the column that is read, and as many rows as the text surely gives."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
+from statistics import median_low
 from typing import Any, Final
 
 from packager.errors import RecipeError
 from packager.inputs.text_files import SUFFIXES, TextFile, first_row, kind_of, read_plain, text_rows
+from packager.recipe.text_models import Calibration, Evaluation
 from packager.system.text import quoted
 
 _BYTES_PER_TOKEN: Final = 6  # more than of any text that a model's tokenizer was made for
+_USUAL_BYTES_PER_TOKEN: Final = 4  # of English
+# Documents are many and short from these numbers on, of the first ones that are looked at.
+_MANY_DOCUMENTS: Final = 32
+_DOCUMENTS_PER_ROW: Final = 2
+_LOOKED_AT: Final = 1000
 _MOST_READ_BYTES: Final = 256_000_000  # a larger file of almost nothing but blanks counts as short
 
 
@@ -65,6 +73,40 @@ def rows_of_text(
     if tokens < length:
         raise RecipeError(f"the text {quoted(file.name)} is too short", hint=f"it has to have at least {length} tokens")
     return min(wanted, tokens // length), length
+
+
+def documents_note(texts: Mapping[str, Calibration | Evaluation], folder: Path) -> str:
+    """Return a sentence on texts whose many short documents a recipe joins, "" if there are none.
+
+    Args:
+        texts: local ones of a recipe, by their section.
+        folder: of the recipe.
+
+    Raises:
+        CalibrationError: one of the first rows of a file cannot be read.
+    """
+    short = {section: text.name for section, text in texts.items() if _joins_short_documents(text, folder)}
+    if not short:
+        return ""
+    return (
+        f"the documents of {' and '.join(dict.fromkeys(short.values()))} are joined into one text, and most are far "
+        f"shorter than a row: if each is a text of its own, write documents: separate under {' and '.join(short)}"
+    )
+
+
+def _joins_short_documents(text: Calibration | Evaluation, folder: Path) -> bool:
+    """Return whether a row of a local text will hold parts of several documents, by the first ones of the file."""
+    source = TextFile(path=folder / str(text.path), shown=str(text.path))
+    if text.documents != "joined" or text.messages_field is not None or source.kind == ".txt":
+        return False
+    row_bytes, read, sizes = text.seq_len * _USUAL_BYTES_PER_TOKEN, 0, []
+    for row in islice(text_rows(source, text.column), _LOOKED_AT):
+        if isinstance(row.value, str) and row.value.strip():
+            sizes.append(len(row.value.encode("utf-8", "replace")))
+            read += sizes[-1]
+        if read > _LOOKED_AT * row_bytes:
+            break
+    return len(sizes) >= _MANY_DOCUMENTS and _DOCUMENTS_PER_ROW * median_low(sizes) <= row_bytes
 
 
 def _content_bytes(file: Path, fields: Mapping[str, Any], *, enough: int) -> int:

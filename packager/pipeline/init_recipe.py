@@ -15,12 +15,15 @@ from packager.model.lock import Lock, LockedModel
 from packager.pipeline.branch_files import check_small_files
 from packager.pipeline.build_extra import require_build_extra
 from packager.pipeline.draft_recipe import Wishes, draft_recipe, notes_on
+from packager.pipeline.draft_texts import documents_note
 from packager.pipeline.plan import BuildPlan, make_plan
+from packager.recipe import Recipe
 from packager.recipe.draft import draft_text
 from packager.recipe.file import RecipeFile, recipe_from
 from packager.recipe.inherit import without_inherited
 from packager.recipe.lock_file import lock_path, lock_text
 from packager.recipe.schema import schema_text
+from packager.recipe.text_models import Calibration, Evaluation
 from packager.system.files import disk_errors, write_atomic
 from packager.system.posix import FolderLock
 
@@ -78,11 +81,22 @@ def init_recipe(model: NamedModel, wishes: Wishes, log: Callable[[str], None], *
     content = _shared(draft_recipe(model, wishes, architecture, lock.prompt), wishes)
     text = draft_text(content, schema=schema or _SCHEMA)
     plan = make_plan(RecipeFile.of(text.encode(), path, lock))
-    notes = notes_on(model, plan.recipe, architecture, lock.prompt)
+    notes = notes_on(model, plan.recipe, architecture, lock.prompt) + _notes_on_texts(plan.recipe, wishes)
     with _folder_to_itself(path.parent):
         _check_path(path, replace=replace)  # another run may have written it meanwhile
         written = _write(path, text, lock, with_schema=not schema)
     return InitResult(recipe=path, written=written, notes=tuple(notes), plan=plan)
+
+
+def _notes_on_texts(recipe: Recipe, wishes: Wishes) -> list[str]:
+    """Return the notes on the texts that options name; whoever shares defaults has decided on theirs."""
+    texts: dict[str, Calibration | Evaluation] = {}
+    if wishes.calibration is not None:
+        texts["calibration"] = recipe.calibration
+    if wishes.evaluation is not None:
+        texts["evaluation"] = recipe.evaluation
+    note = documents_note(texts, wishes.path.parent)
+    return [note] if note else []
 
 
 def _shared(content: dict[str, Any], wishes: Wishes) -> dict[str, Any]:
