@@ -251,6 +251,7 @@ def test_a_free_corner_has_the_name_of_fp16(plot: Plot) -> None:
     assert figure.axes[0].xaxis.label.get_horizontalalignment() == "center"
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(
     st.lists(
