@@ -29,7 +29,7 @@ from packager.card.own_templates import (
     assigned_names,
     names_read,
     partials,
-    place_of,
+    place_of_problem,
     template_problems,
     with_own,
 )
@@ -163,7 +163,7 @@ def _rendered(page: str, context: Mapping[str, object], own: OwnTemplates | None
 def _check_own_page(page: str, own: OwnTemplates) -> None:
     """Raise CardError if the recipe's templates made a page that changes itself or the reader's browser."""
     if found := text_problems(page):
-        (where, why), *others = (place_of(own, problem, page) for problem in found)
+        (where, why), *others = (place_of_problem(own, problem, page) for problem in found)
         why = "\n       ".join((why, *(f"{place}: {message}" for place, message in others)))
         raise CardError(NOT_PUBLISHABLE, where=where, why=why, hint=found[0].hint)
 

@@ -170,7 +170,7 @@ def names_read(environment: ImmutableSandboxedEnvironment, text: str, line: int)
     return frozenset(found)
 
 
-def place_of(own: OwnTemplates, problem: TextProblem, page: str) -> tuple[str, str]:
+def place_of_problem(own: OwnTemplates, problem: TextProblem, page: str) -> tuple[str, str]:
     """Return where a problem of a page comes from, and its message.
 
     The place is file and line if one line of the templates has what is refused, else the file if there is one, else
