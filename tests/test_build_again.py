@@ -266,9 +266,9 @@ def test_a_receipt_records_which_modules_ran_fused_kernels(
     ("total_gb", "limit_gb", "reason"),
     [
         (40, None, ""),
-        (40, 9, "needs 10.0 GiB of a CUDA GPU, of this one 8.3 GiB can be used"),
-        (20, None, "measuring needs 30.0 GiB of a CUDA GPU, of this one 18.4 GiB can be used"),
-        (40, 12, "measuring needs 30.0 GiB of a CUDA GPU, of this one 11.0 GiB can be used"),
+        (40, 9, "needs 10.0 GiB of a CUDA GPU, of this one 8.1 GiB can be used"),
+        (20, None, "measuring needs 30.0 GiB of a CUDA GPU, of this one 18.0 GiB can be used"),
+        (40, 12, "measuring needs 30.0 GiB of a CUDA GPU, of this one 10.8 GiB can be used"),
     ],
 )
 def test_a_gpu_must_have_the_memory_to_quantize_and_to_measure(
