@@ -27,9 +27,9 @@ from rich.table import Table
 
 from packager.model.describe import describe
 from packager.quantize.gptq.cholesky import SPLIT_WIDTH
+from packager.quantize.gptq.column_blocks import BLOCKS_AT_ONCE, COLUMN_BLOCK
 from packager.quantize.gptq.grid import SEARCH_STEPS
 from packager.quantize.gptq.panels import panels, panels_bytes, shift_rows
-from packager.quantize.gptq.solve import COLUMN_BLOCK
 from packager.system.files import write_atomic
 
 sys.path.append(str(SCRIPTS))
@@ -37,7 +37,7 @@ sys.path.append(str(SCRIPTS))
 import ours
 from block_times import FORWARD, BlockTimes, PartTime
 
-_LAZY_COLUMNS = 512  # columns whose later columns get their updates in one product
+_LAZY_COLUMNS = BLOCKS_AT_ONCE * COLUMN_BLOCK  # their later columns get the updates of all in one product
 _SEARCH_OPERATIONS = 8  # of a weight and a tried scale
 _SPLIT_PRODUCTS = 3  # of float16 numbers, for one of float32
 

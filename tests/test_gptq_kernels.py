@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from packager.quantize.gptq import solve as solve_module
+from packager.quantize.gptq import column_blocks
 from packager.quantize.gptq.cholesky import split_solve
 from packager.quantize.gptq.choose_ops import ops_for
 from packager.quantize.gptq.grid import GridRules
@@ -107,7 +107,7 @@ def test_solves_many_column_blocks(monkeypatch, kernels, device, group_size, act
     """More column blocks than are updated one by one: some updates of later columns go through `LazyUpdates`."""
     columns = 536
     if device.type == "cpu":  # the interpreter takes a second for 50 columns
-        monkeypatch.setattr(solve_module, "_BLOCKS_AT_ONCE", 2)
+        monkeypatch.setattr(column_blocks, "BLOCKS_AT_ONCE", 2)
         columns = 300
     solves_like_the_reference(
         kernels, device, columns, 5, search=False, sym=True, bits=4, group_size=group_size, act_order=act_order

@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from packager.quantize.gptq.column_blocks import column_blocks
 from packager.quantize.gptq.grid import GridRules, refitted_by
 from packager.quantize.gptq.hessian import Factor, factorize
 from packager.quantize.gptq.order import ColumnOrder
-from packager.quantize.gptq.solve import Solution, column_blocks, solve
+from packager.quantize.gptq.solve import Solution, solve
 from packager.quantize.gptq.tensor_ops import TensorOps
 from packager.quantize.gptq.torch_ops import TorchOps
 from packager.variant import ActOrder

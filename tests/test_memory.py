@@ -1,5 +1,6 @@
 """How quantizing fits into memory: the fastest way within the limits, and the error when there is none."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ WORKS = st.fixed_dictionaries(
         "num_variants": st.integers(1, 5),
         "true_sequential": st.booleans(),
         "corrected": st.booleans(),
-        "refined": st.sampled_from([0, 32, 2**31]),
+        "refined_group": st.sampled_from([0, 32, 2**31]),
         "packed_bits": st.sampled_from([2.5, 4.625, 8.1875]),
     }
 )
@@ -354,7 +355,7 @@ LLAMA_405B = {
 MEASURED: dict[str, tuple[float, tuple[int, int, int, int], tuple[Any, ...], dict[str, Any]]] = {
     "13B, one": (19.69, (5120, 13824, 40, 40), ("device", 16, "device"), {"num_variants": 1}),
     "13B, four": (27.90, (5120, 13824, 40, 40), ("device", 16, "device"), {"num_variants": 4}),
-    "13B, refined in static order": (20.14, (5120, 13824, 40, 40), ("device", 16, "device"), {"refined": 128}),
+    "13B, refined in static order": (20.14, (5120, 13824, 40, 40), ("device", 16, "device"), {"refined_group": 128}),
     "13B, one corrected": (35.46, (5120, 13824, 40, 40), ("device", 16, "device"), {"corrected": True}),
     "13B, four corrected": (
         51.58, (5120, 13824, 40, 40), ("device", 16, "device"), {"num_variants": 4, "corrected": True}
@@ -382,6 +383,48 @@ def test_the_plan_is_within_a_tenth_of_what_a_gpu_took(name: str) -> None:
         if (each.placement, each.suspended_batches, each.weights, each.num_variants) == (*way, work.num_variants)
     )  # fmt: skip
     assert 1 <= planned / (used * GB) < 1.1
+
+
+@pytest.mark.slow
+def test_the_plan_of_experts_is_what_the_page_says(tmp_path: Path) -> None:
+    """docs/explanation/measurements.md: a shape of Qwen3-30B-A3B used 15.1 GB, a layer of DeepSeek-V3 52.5 GB."""
+    from transformers import DeepseekV3Config, Qwen3MoeConfig
+
+    from packager.model.describe import describe
+
+    def ways(config: Any, **fields: Any) -> list[SweepPlan]:
+        config.save_pretrained(tmp_path / config.model_type)
+        architecture = architecture_of(describe(tmp_path / config.model_type, None), "config.json")
+        work = Workload(architecture=architecture, num_samples=128, seq_len=2048, **fields)
+        return list(sweep_ways(work, "cuda"))
+
+    more: dict[str, Any] = {"head_dim": 128}
+    qwen = Qwen3MoeConfig(
+        **more, vocab_size=32000, hidden_size=2048, num_hidden_layers=2, num_attention_heads=32, num_key_value_heads=4,
+        num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768, dtype="float16",
+        architectures=["Qwen3MoeForCausalLM"],
+    )  # fmt: skip
+    deepseek: dict[str, Any] = {
+        "first_k_dense_replace": 0,
+        "dtype": "bfloat16",
+        "architectures": ["DeepseekV3ForCausalLM"],
+    }
+    (first, *_) = ways(qwen, num_variants=4, packed_bits=4.625)
+    assert round(first.device_bytes / 1e9, 2) == 16.45
+    layer = DeepseekV3Config(num_hidden_layers=1, **deepseek)
+    kept = [way for way in ways(layer, num_variants=1, packed_bits=4.15625) if way.suspended_batches == 4]
+    (run,) = (way for way in kept if (way.placement, way.weights) == ("device", "host"))
+    assert round(run.device_bytes / 1e9, 2) == 61.37
+    assert least_gb(ways(layer, num_variants=4, packed_bits=4.625)) == 48.0
+    kimi = DeepseekV3Config(
+        **{**deepseek, "first_k_dense_replace": 1}, num_hidden_layers=2, n_routed_experts=384, num_attention_heads=64,
+        num_key_value_heads=64, n_group=1, topk_group=1, vocab_size=163840,
+    )  # fmt: skip
+    assert least_gb(ways(kimi, num_variants=4, packed_bits=4.625)) == 62.4
+
+
+def least_gb(ways: Sequence[SweepPlan]) -> float:
+    return round(min(way.device_bytes for way in ways) / 1e9, 1)
 
 
 def test_405b_fits_a_card_of_80_gb():

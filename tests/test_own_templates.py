@@ -58,7 +58,7 @@ def test_a_template_stands_in_for_its_part_alone() -> None:
         ("{% for i in range(10 ** 9) %}x{% endfor %}", "card/_license.md.j2:2: .*\n  why: Range too big"),
         (
             '{% include "../recipe.yaml" %}',
-            "card/_license.md.j2:2: a template includes what is no template of the card",
+            "card/_license.md.j2:2: a template includes a file that is not a template of the card",
         ),
         ('{% include "/etc/passwd" %}', "'/etc/passwd'\n  hint: include only the card's templates and those of the"),
         ("{{ card.title | nofilter }}", "card/_license.md.j2:2: a template is malformed\n  why: No filter named"),
@@ -213,7 +213,7 @@ PYTHON = "```python\n{}\n```"
         ("{{ card.title is notest }}", ":4: card.templates: No test named 'notest'"),
         (
             '{% include "/etc/passwd" %}',
-            ":4: card.templates: a template includes what is no template of the card: '/etc/passwd' (include only the",
+            ":4: card.templates: a template includes a file that is not a template of the card: '/etc/passwd' (include",
         ),
         ('{{ "".__class__.__mro__ }}', ":4: card.templates: the card's template cannot be filled in: access to"),
         ("{{ 1/0 }}", ":4: card.templates: the card's template cannot be filled in: division by zero"),
@@ -227,7 +227,7 @@ PYTHON = "```python\n{}\n```"
         ("{{ card.titel }}", ":4: card.templates: the card's template cannot be filled in: 'packager.recipe"),
         ("{{ heer.branch }}", ":4: card.templates: the card's template cannot be filled in: 'heer' is undefined"),
         ("{{ card.title | inlien }}", ":4: card.templates: No filter named 'inlien'"),
-        ("{% include '_licence.md.j2' %}", ":4: card.templates: a template includes what is no template of the card"),
+        ("{% include '_licence.md.j2' %}", ":4: card.templates: a template includes a file that is not a template"),
         ("{% include '_license.md.j2' %}", ":4: card.templates: a template is malformed: it includes or calls itself"),
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", ":4: card.templates: a template is malformed: it includes"),
         ("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", ": card.templates: its parts are nested too deeply"),

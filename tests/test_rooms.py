@@ -71,7 +71,8 @@ TORCH_FREE_IN_QUANTIZE = {
     "packager.quantize", "packager.quantize.block_store", "packager.quantize.engines",
     "packager.quantize.engines.auto_gptq", "packager.quantize.engines.auto_gptq_files",
     "packager.quantize.engines.legacy_config", "packager.quantize.engines.protocol", "packager.quantize.job",
-    "packager.quantize.gptq.panels", "packager.quantize.gptq.row_parts", "packager.quantize.gptq.side_by_side",
+    "packager.quantize.gptq.column_blocks", "packager.quantize.gptq.panels", "packager.quantize.gptq.row_parts",
+    "packager.quantize.gptq.side_by_side",
     "packager.quantize.memory", "packager.quantize.shared_reader", "packager.quantize.solving_memory",
     "packager.quantize.tuning_memory", "packager.quantize.tuning_schedule", "packager.quantize.workload",
 }  # fmt: skip

@@ -108,7 +108,7 @@ def on_cuda(solve: Callable[[], None], sums: int) -> int:
 
 def planned(device: str, shape: tuple[int, int], fields: dict[str, Any]) -> int:
     refined = _columns_of_group(made(fields)) if "refine" in fields else 0
-    return solving_bytes(*shape, device, refined=refined, corrected="target_correction" in fields)
+    return solving_bytes(*shape, device, refined_group=refined, corrected="target_correction" in fields)
 
 
 @pytest.mark.slow
@@ -136,11 +136,11 @@ def test_solving_takes_what_is_planned_on_a_gpu(shape: tuple[int, int], least: f
 def test_groups_of_whole_rows_take_more_while_they_are_refined() -> None:
     """Bytes of the deltas' memory, integers twice, errors, their changes, quantized columns, and two parts of these."""
     n, m = 65536, 16384
-    square, most = 4 * n**2, solving_bytes(n, m, "cuda", refined=2**31)
+    square, most = 4 * n**2, solving_bytes(n, m, "cuda", refined_group=2**31)
     beside = 4 * 5 * 512 * m + (3 * 4 * 128 + 8 * 512) * n
     assert most == 2 * square + (4 + 1 + 1 + 4 + 4 + 4 + 2 + 2) * n * m + beside
-    assert solving_bytes(n, m, "cuda", refined=128) == 2 * square + (13 + 4) * n * m + beside
-    assert solving_bytes(n, m, "cuda", refined=8192) == solving_bytes(n, m, "cuda", refined=128)
+    assert solving_bytes(n, m, "cuda", refined_group=128) == 2 * square + (13 + 4) * n * m + beside
+    assert solving_bytes(n, m, "cuda", refined_group=8192) == solving_bytes(n, m, "cuda", refined_group=128)
 
 
 def test_a_second_damping_takes_no_more_memory(monkeypatch: pytest.MonkeyPatch) -> None:

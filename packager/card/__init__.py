@@ -53,7 +53,7 @@ HUB = "https://huggingface.co"
 # Errors of a recipe's templates, which the plan looks for.
 CANNOT_FILL_IN = "the card's template cannot be filled in"
 MALFORMED = "a template is malformed"
-NOT_INCLUDED = "a template includes what is no template of the card"
+NOT_INCLUDED = "a template includes a file that is not a template of the card"
 NOT_PUBLISHABLE = "the recipe's templates make a page that cannot be published"
 
 

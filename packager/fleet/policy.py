@@ -7,7 +7,7 @@ from packager.fleet.windows import Limits
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """The knobs of a scheduler.
+    """The settings of a scheduler.
 
     Attributes:
         ahead: recipes that a machine fetches ahead for each task that it can compute at a time.

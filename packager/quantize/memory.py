@@ -275,15 +275,15 @@ class _Sizes:
 
     def _solving(self, group: GroupWidths) -> int:
         """Return what solving a group of linears takes, or one of its experts."""
-        kind, refined = self._device_type, self._work.refined
+        kind, refined = self._device_type, self._work.refined_group
         if group.experts is not None:
-            return solving_bytes(group.in_features, group.out_features, kind, refined=refined)
+            return solving_bytes(group.in_features, group.out_features, kind, refined_group=refined)
         if self._work.corrected:  # the targets of all linears are found, and then rounded, at once
-            return solving_bytes(group.in_features, group.out_features, kind, refined=refined, corrected=True)
+            return solving_bytes(group.in_features, group.out_features, kind, refined_group=refined, corrected=True)
         together = [sum(group.widths[some]) for some in solved_together(group.widths)]
         # Beside those that are solved, the others' integers.
         return max(
-            solving_bytes(group.in_features, features, kind, refined=refined)
+            solving_bytes(group.in_features, features, kind, refined_group=refined)
             + group.in_features * (group.out_features - features)
             for features in together
         )

@@ -21,8 +21,10 @@ class Workload:
         true_sequential: whether any variant calibrates linears on the outputs of the quantized ones before them.
         all_at_once: whether any variant calibrates all linears of a block at once.
         corrected: whether any variant has a target correction, and so the fp16 model's activations beside its own.
-        refined: columns of the largest groups of the variants that refine their linears after the last column; 0: none.
-        packed_bits: bits per weight of a packed linear with its scales and zeros, of the variant with most.
+        refined_group: columns of the largest group of a variant that refines its linears after the last column; 0: none
+            does.
+        packed_bits: bits per weight of a solved linear with its scales and zeros, until it is written, of the variant
+            with most.
         ranks: devices that share the rows.
         tuned: whether blocks of any variant are tuned (effort: high).
     """
@@ -34,7 +36,7 @@ class Workload:
     true_sequential: bool = True
     all_at_once: bool = False
     corrected: bool = False
-    refined: int = 0
+    refined_group: int = 0
     packed_bits: float
     ranks: int = 1
     tuned: bool = False
@@ -62,7 +64,7 @@ class Workload:
             true_sequential=any(variant.true_sequential for variant in variants),
             all_at_once=not all(variant.true_sequential for variant in variants),
             corrected=any(variant.target_correction > 0 for variant in variants),
-            refined=max((_columns_of_group(variant) for variant in variants if variant.refine), default=0),
+            refined_group=max((_columns_of_group(variant) for variant in variants if variant.refine), default=0),
             packed_bits=max(map(_packed_bits, variants)),
             ranks=ranks,
             tuned=any(variant.effort == "high" for variant in variants),

@@ -187,7 +187,6 @@ def remove_leftovers_below(folder: Path) -> None:
 
     Links to folders are not followed; `folder` itself may be one.
     """
-    remove_leftovers(folder)
     for parent, _, _ in os.walk(folder):
         remove_leftovers(Path(parent))
 

@@ -11,9 +11,9 @@ from functools import partial
 
 import torch
 
+from packager.quantize.gptq.column_blocks import column_blocks, inline_group_size
 from packager.quantize.gptq.grid import GridRules
 from packager.quantize.gptq.order import ColumnOrder
-from packager.quantize.gptq.solve import column_blocks, inline_group_size
 from packager.quantize.gptq.tensor_ops import Grids, RoundedColumns
 from packager.quantize.gptq.triton_ops import TritonOps, features_per_program
 

@@ -24,14 +24,11 @@ from torch import Tensor
 
 from packager.quantize.gptq.cholesky import inverse_blocks
 from packager.quantize.gptq.choose_ops import ops_for
+from packager.quantize.gptq.column_blocks import column_blocks, inline_group_size, some_at_once
 from packager.quantize.gptq.grid import GridRules
 from packager.quantize.gptq.hessian import Factor
 from packager.quantize.gptq.refine import RoundedLinear, refine
 from packager.quantize.gptq.tensor_ops import Grids, RoundedColumns, TensorOps, rows_of
-
-COLUMN_BLOCK = 128
-# Within 4 column blocks (512 columns) updates are applied block by block; those of earlier blocks in one product.
-_BLOCKS_AT_ONCE = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +192,7 @@ class _ColumnSolver:
         """Quantize every column; find the grids on the way, or use the given ones."""
         blocks = column_blocks(self._weight.shape[-2], self._group_size)
         inverses = inverse_blocks(self._U, blocks)
-        for some in _some_at_once(len(blocks)):
+        for some in some_at_once(len(blocks)):
             self._run_some(blocks[some], inverses[some], find=find)
 
     def refine(self, refined: Sequence[bool], perm: Tensor | None) -> Tensor:
@@ -216,7 +213,7 @@ class _ColumnSolver:
         grids = replace(self.grids, groups=groups)
         linear = RoundedLinear(errors=self.errors, q=q, grids=grids, U=self._U, columns=back, updates=self._updates)
         allowed = torch.tensor(refined, device=q.device).reshape(q.shape[:-2])
-        spans = [blocks[some] for some in _some_at_once(len(blocks))]
+        spans = [blocks[some] for some in some_at_once(len(blocks))]
         inline = inline_group_size(self._group_size) > 0
         refine(linear, spans, self._group_size, self._rules, allowed, self._ops, inline=inline)
         self.q = q if perm is None else rows_of(q, perm)
@@ -275,27 +272,3 @@ class _ColumnSolver:
         scales, zeros = self._ops.find_grids(updated, self._group_size, self._rules, column_weight)
         group = slice(begin // self._group_size, begin // self._group_size + 1)
         self.grids.scales[..., group, :], self.grids.zeros[..., group, :] = scales, zeros
-
-
-def _some_at_once(count: int) -> list[slice]:
-    """Cut the column blocks into those whose updates are applied block by block."""
-    return [slice(first, first + _BLOCKS_AT_ONCE) for first in range(0, count, _BLOCKS_AT_ONCE)]
-
-
-def inline_group_size(group_size: int) -> int:
-    """Return the group size if grids can be found while columns are rounded (a group fits a column block), else 0."""
-    return 0 if group_size > COLUMN_BLOCK else group_size
-
-
-def column_blocks(in_features: int, group_size: int) -> list[tuple[int, int]]:
-    """Cut the columns into blocks of at most `COLUMN_BLOCK` that hold whole groups, or part of a single one."""
-    if group_size <= COLUMN_BLOCK:
-        width = COLUMN_BLOCK // group_size * group_size
-        starts = list(range(0, in_features, width))
-    else:
-        starts = [
-            begin
-            for group in range(0, in_features, group_size)
-            for begin in range(group, min(group + group_size, in_features), COLUMN_BLOCK)
-        ]
-    return list(zip(starts, [*starts[1:], in_features], strict=True))
