@@ -76,7 +76,7 @@ def test_jinja_in_words_is_text() -> None:
         folder="card", texts={"_license.md.j2": "{% include 'section-files.md' %}"}, sections={"files": "{{ 7 * 7 }}"}
     )
     recipe = fixtures.llama_recipe()
-    with pytest.raises(CardError, match="a template includes what is no template of the card"):
+    with pytest.raises(CardError, match="a template includes a file that is not a template of the card"):
         render_card(recipe, CardTexts(), fixtures.llama_receipts(recipe), "llama", "main", own=own)
 
 
