@@ -32,6 +32,7 @@ from tests.tiny_recipe import BRANCHES, MAIN, REPOSITORY, Builds
 
 pytestmark = pytest.mark.slow
 
+GB = 10**9
 REQUIRED = {"loaders.required": ["transformers"]}
 WITH_GPU = {"loaders.required": ["transformers"], "loaders.if_available": ["exllamav2"]}
 
@@ -266,22 +267,21 @@ def test_a_receipt_records_which_modules_ran_fused_kernels(
     ("total_gb", "limit_gb", "reason"),
     [
         (40, None, ""),
-        (40, 9, "needs 10.0 GiB of a CUDA GPU, of this one 8.1 GiB can be used"),
-        (20, None, "measuring needs 30.0 GiB of a CUDA GPU, of this one 18.0 GiB can be used"),
-        (40, 12, "measuring needs 30.0 GiB of a CUDA GPU, of this one 10.8 GiB can be used"),
+        (40, 9, "needs 10.00 GB of a CUDA GPU, of this one 8.10 GB can be used"),
+        (20, None, "measuring needs 30.00 GB of a CUDA GPU, of this one 18.00 GB can be used"),
+        (40, 12, "measuring needs 30.00 GB of a CUDA GPU, of this one 10.80 GB can be used"),
     ],
 )
 def test_a_gpu_must_have_the_memory_to_quantize_and_to_measure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, total_gb: int, limit_gb: int | None, reason: str
 ) -> None:
-    gib = 2**30
     plan = make_plan(RecipeFile.load(tiny_recipe.write_all(tmp_path)))
     assert plan.memory is not None
-    memory = replace(plan.memory, least=replace(plan.memory.least, device_bytes=10 * gib))
-    measuring = replace(plan.evaluation, gpu=EvaluationMemory(device_bytes=30 * gib, host_bytes=0))
+    memory = replace(plan.memory, least=replace(plan.memory.least, device_bytes=10 * GB))
+    measuring = replace(plan.evaluation, gpu=EvaluationMemory(device_bytes=30 * GB, host_bytes=0))
     monkeypatch.setattr("packager.pipeline.release.choose_device", lambda _: torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=total_gb * gib))
-    options = replace(tiny_recipe.options(tmp_path), gpu_memory_bytes=limit_gb * gib if limit_gb else None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=total_gb * GB))
+    options = replace(tiny_recipe.options(tmp_path), gpu_memory_bytes=limit_gb * GB if limit_gb else None)
     assert cannot_build(replace(plan, memory=memory, evaluation=measuring), options) == reason
 
 

@@ -68,8 +68,13 @@ def test_every_part_is_named_and_nothing_is_changed(cache: Path) -> None:
     assert [name for name in (*names, *LOADERS) if f"\n{name} " not in done.stdout] == []
     assert "2 loader environments of other versions, 5.00 kB" in done.stdout
     assert sorted(cache.rglob("*")) == before
-    assert found(cache)["packager"]["found"].endswith(f"({sys.executable})")
-    assert found(cache)["Hub"]["state"] == "note"
+    checks = found(cache)
+    assert checks["packager"]["found"].endswith(f"({sys.executable})")
+    assert checks["Hub"]["state"] == "note"
+    makers = {name: checks[name]["found"].partition("environment not made yet: ")[2] for name in LOADERS}
+    assert makers["transformers"] == "the first build makes it"
+    assert makers["exllamav2"] == "the first build on a machine with a CUDA GPU makes it"
+    assert makers["vllm"] == "packager verify on a machine with a CUDA GPU makes it"
 
 
 def test_clean_deletes_what_no_loader_uses_after_a_question(cache: Path) -> None:

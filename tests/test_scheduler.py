@@ -229,6 +229,21 @@ def test_a_store_without_room_lets_go_of_what_is_published() -> None:
     assert hand.step() == ["b fetch"]
 
 
+def test_a_store_keeps_what_is_published_until_that_makes_enough_room() -> None:
+    """A recipe of 90 bytes cannot begin while b has 50: deleting a, too, would not help it."""
+    requests = [request("a", disk=40), request("b", disk=50), request("c", disk=90)]
+    hand = ByHand(requests, machines(3), Policy(store_bytes=100))
+    assert hand.step() == ["a fetch", "b fetch"]
+    for stage in TASK_STAGES:
+        hand.end(f"a {stage}")
+        assert hand.scheduler.store_drops() == []
+    for stage in TASK_STAGES:
+        assert hand.scheduler.store_drops() == []
+        hand.end(f"b {stage}")
+    assert hand.scheduler.store_drops() == ["a", "b"]
+    assert hand.step() == ["c fetch"]
+
+
 def test_what_nothing_can_run_is_given_up_after_a_while() -> None:
     world = World(machines=machines(), seconds=lambda _: 1.0, bytes_per_s=GB)
     scheduler, fleet = Scheduler([request("big", gpus=4), request("a")]), SimulatedFleet(world)

@@ -39,17 +39,24 @@ class StoreQuota:
     def make_room(self, wanted_bytes: int, may_go: Callable[[str], bool]) -> list[str]:
         """Take back the bytes of recipes, the oldest first, until there is room for so many bytes; return the recipes.
 
+        Where all of them together would not make room, none is taken back: they stay until enough of them may go.
+
         Args:
             wanted_bytes: of what is to begin.
             may_go: whether the builds of a recipe may be deleted.
         """
-        dropped: list[str] = []
         if self.limit_bytes is None:
-            return dropped
-        for name in list(self._taken):
-            if self._taken_bytes + wanted_bytes <= self.limit_bytes:
+            return []
+        lacking_bytes = self._taken_bytes + wanted_bytes - self.limit_bytes
+        dropped: list[str] = []
+        for name, size_bytes in self._taken.items():
+            if lacking_bytes <= 0:
                 break
             if may_go(name):
-                self._taken_bytes -= self._taken.pop(name)
+                lacking_bytes -= size_bytes
                 dropped.append(name)
+        if lacking_bytes > 0:
+            return []
+        for name in dropped:
+            self._taken_bytes -= self._taken.pop(name)
         return dropped

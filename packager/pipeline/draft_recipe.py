@@ -284,8 +284,8 @@ def notes_on(
     if recipe.defaults.target_correction:
         gpu, cpu = (f"{CORRECTED_WORK[computer]:.1f} times" for computer in ("cuda", "cpu"))
         notes.append(
-            f"with target_correction quantizing takes {gpu} as long on a GPU, {cpu} on a CPU, and a small model that "
-            "was measured came out twice as near to its base model: 0 is the fast way"
+            f"with target_correction quantizing takes {gpu} as long on a GPU, {cpu} on a CPU, and the small model that "
+            "was measured came out 1.4 to 1.9 times as near to its base model: 0 is the fast way"
         )
     if not recipe.loaders.required:
         notes.append("no loader that runs on every machine opens this model: nothing but the audit proves its variants")

@@ -37,7 +37,7 @@ from packager.recipe.file import RecipeFile
 from packager.system.posix import require_posix
 from packager.system.scratch import ScratchFolder
 from packager.system.terminal import Terminal
-from packager.system.text import gibibytes
+from packager.system.text import gigabytes
 from packager.variant import MAIN
 
 
@@ -171,7 +171,7 @@ def _check_measuring_memory(run: BuildState) -> None:
     if (needed := run.plan.evaluation.gpu.device_bytes) > limit:
         raise MachineError(
             "measuring does not fit into --gpu-memory",
-            why=f"it is planned to need {gibibytes(needed)} GiB, the limit is {gibibytes(limit)} GiB",
+            why=f"it is planned to need {gigabytes(needed)} GB, the limit is {gigabytes(limit)} GB",
             hint="give a higher --gpu-memory, or none",
         )
 

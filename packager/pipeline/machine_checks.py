@@ -229,7 +229,8 @@ def _loaders(cache: Path) -> Iterator[MachineCheck]:
         folder = environments_folder(cache) / environment_name(spec)
         size = f", {format_bytes(_size(folder))}" if folder.exists() else ""
         maker = "packager verify" if spec.on_request else "the first build"
-        found = f"environment ready{size}" if is_ready(folder) else f"environment not made yet: {maker} makes it"
+        where = " on a machine with a CUDA GPU" if spec.devices == {"cuda"} else ""
+        found = f"environment ready{size}" if is_ready(folder) else f"environment not made yet: {maker}{where} makes it"
         yield MachineCheck(name=name, grade="ok", found=f"{spec.description}: {found}")
 
 

@@ -22,7 +22,7 @@ from packager.quantize.engines import needs_cuda
 from packager.quantize.memory import USABLE
 from packager.recipe.file import RecipeFile
 from packager.system.terminal import Terminal
-from packager.system.text import gibibytes
+from packager.system.text import gigabytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,15 +228,15 @@ def _lacking_memory(plan: BuildPlan, options: Options) -> str:
     needed = max(quantizing, plan.evaluation.gpu.device_bytes)
     if device.type == "cpu":
         too_large = plan.architecture.num_parameters > LARGEST_ON_CPU
-        return f"needs a CUDA GPU with {gibibytes(needed)} GiB" if too_large else ""
+        return f"needs a CUDA GPU with {gigabytes(needed)} GB" if too_large else ""
     import torch
 
     whole = round(USABLE * torch.cuda.get_device_properties(device).total_memory)
     limited = round(USABLE * options.gpu_memory_bytes) if options.gpu_memory_bytes else whole
     if quantizing > limited:
-        return f"needs {gibibytes(quantizing)} GiB of a CUDA GPU, of this one {gibibytes(limited)} GiB can be used"
+        return f"needs {gigabytes(quantizing)} GB of a CUDA GPU, of this one {gigabytes(limited)} GB can be used"
     if needed > limited:
         return (
-            f"measuring needs {gibibytes(needed)} GiB of a CUDA GPU, of this one {gibibytes(limited)} GiB can be used"
+            f"measuring needs {gigabytes(needed)} GB of a CUDA GPU, of this one {gigabytes(limited)} GB can be used"
         )
     return ""
