@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,18 @@ def test_ways_are_distinct_and_the_fastest_is_first(fields, device_type):
         assert way.num_batches == -(-work.num_samples // work.rows_per_batch(device_type))
         assert 0 <= way.suspended_batches <= way.num_batches
         assert way.device_bytes > 0
+
+
+@pytest.mark.parametrize("rows", [255, 100_000])
+def test_a_plan_of_many_rows_tries_no_more_ways_than_one_of_few(rows: int) -> None:
+    work = replace(LARGE, num_samples=rows, seq_len=16_384, ranks=1)
+    tried = sorted({way.suspended_batches for way in sweep_ways(work, "cuda")})
+    batches = next(sweep_ways(work, "cuda")).num_batches
+    assert batches == rows
+    assert (tried[0], tried[-1]) == (0, batches)
+    steps = [high - low for low, high in pairwise(tried)]
+    assert max(steps) <= max(1, batches / 128)
+    assert len(tried) <= 256
 
 
 @settings(max_examples=examples(60))

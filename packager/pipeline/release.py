@@ -236,7 +236,5 @@ def _lacking_memory(plan: BuildPlan, options: Options) -> str:
     if quantizing > limited:
         return f"needs {gigabytes(quantizing)} GB of a CUDA GPU, of this one {gigabytes(limited)} GB can be used"
     if needed > limited:
-        return (
-            f"measuring needs {gigabytes(needed)} GB of a CUDA GPU, of this one {gigabytes(limited)} GB can be used"
-        )
+        return f"measuring needs {gigabytes(needed)} GB of a CUDA GPU, of this one {gigabytes(limited)} GB can be used"
     return ""
