@@ -29,6 +29,7 @@ from tests.known_models import describe_known
 from tests.loopback_hub import Answer, LoopbackHub
 from tests.publish_fixtures import heads
 from tests.test_published import MAIN, REPOSITORY, VARIANT
+from tests.test_published import PublishedFixture as LocalFixture
 from tests.test_published_targets import TOKEN, PublishedFixture, count_served, hub, on_git, on_hub
 
 __all__ = ["hub", "on_git", "on_hub"]
@@ -270,6 +271,16 @@ def test_a_folder_is_no_address(text: str) -> None:
     assert branch_address(text, {}) is None
 
 
+def test_the_folder_of_a_repository_and_a_branch_are_an_address(tmp_path: Path) -> None:
+    folder = tmp_path / "x@y"
+    folder.mkdir()
+    assert branch_address(f"{folder}@a@b", {}) == BranchAddress(repository=str(folder), branch="a@b")
+    assert branch_address(f"{folder}@main", {}) == BranchAddress(repository=str(folder), branch=MAIN)
+    assert branch_address(str(folder), {}) is None
+    with pytest.raises(UsageError, match="the branch after @ is empty"):
+        branch_address(f"{folder}@", {})
+
+
 def test_a_page_and_a_branch_that_disagree_are_refused() -> None:
     with pytest.raises(UsageError, match="the page is that of x, not of y"):
         branch_address("https://huggingface.co/a/b/tree/x@y", {})
@@ -296,6 +307,18 @@ def test_the_command_audits_a_branch_of_the_hub(on_hub: PublishedFixture) -> Non
     assert (code, out) == (PublishError.exit_code, "")
     assert "there is no branch nothing" in err
     assert VARIANT in err
+
+
+def test_the_command_audits_a_branch_of_a_folder(tmp_path: Path) -> None:
+    made = LocalFixture(tmp_path)
+    made.publish()
+    folder = made.root / "models" / REPOSITORY
+    code, out, err = packager("audit", f"{folder}@{VARIANT}", "--format", "json")
+    result = json.loads(out)
+    assert (code, result["branch"], result["findings"]) == (0, VARIANT, []), err
+    assert result["commit"] == heads(folder)[VARIANT]
+    code, out, err = packager("audit", f"{folder}@nothing")
+    assert (code, out, "there is no branch nothing" in err) == (PublishError.exit_code, "", True)
 
 
 # Hostile servers

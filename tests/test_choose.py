@@ -105,6 +105,16 @@ def test_the_records_of_a_repository_are_enough(fixture: PublishedFixture) -> No
     assert (on_cpu["branch"], on_cpu["reason"]) == (None, "none of these branches is known to open there")
 
 
+def test_a_context_that_the_model_does_not_have_is_said(fixture: PublishedFixture) -> None:
+    fixture.publish()
+    words = ["choose", REPOSITORY, "--dist", str(fixture.root.parent), "--context"]
+    most = choose(fixture)["branches"][0]["context_tokens"]
+    longer = CliRunner().invoke(app, [*words, str(100 * most)], prog_name="packager")
+    assert f"the model takes {most:,} tokens at most: memory is that of these, not of {100 * most:,}" in longer.stderr
+    whole = CliRunner().invoke(app, [*words, str(most)], prog_name="packager")
+    assert (whole.exit_code, "at most" in whole.stderr) == (0, False)
+
+
 def test_a_git_remote_answers_too(fixture: PublishedFixture) -> None:
     fixture.publish()
     address = (fixture.root / "models" / REPOSITORY).as_uri()

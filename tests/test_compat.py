@@ -121,7 +121,7 @@ def test_text_names_reasons_with_what_to_do_and_where_it_was_read() -> None:
     done = compat(LLAMA, "--runtime", "vllm", "--branch", ACT_ORDER, "--branch", "main")
     assert done.exit_code == 0
     lines = [line.rstrip() for line in done.stdout.splitlines()]
-    assert f"{ACT_ORDER}: LlamaForCausalLM, 4 bits, group size 32, act order, symmetric" in lines
+    assert f"{ACT_ORDER}: LlamaForCausalLM, 4 bits, group size 32, desc_act true, symmetric" in lines
     assert re.search(rf"(?m)^vLLM 0.32 +refused +{ACT_ORDER}", done.stdout)
     assert re.search(r"(?m)^vLLM 0.32 +loads, with a limit +main", done.stdout)
     start = lines.index(f"refused: vLLM 0.32 for {ACT_ORDER}: reads no act order with groups (0.29 did)")

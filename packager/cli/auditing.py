@@ -48,7 +48,8 @@ def audit_command(
         typer.Argument(
             metavar="DIR|REPO",
             callback=_existing_place,
-            help="A checkpoint folder, made by any program; or hub:namespace/name@BRANCH, a git URL, a model's page.",
+            help="A checkpoint folder, made by any program; or hub:namespace/name@BRANCH, a git URL or folder with "
+            "@BRANCH, a model's page.",
         ),
     ],
     weights_only: Annotated[
@@ -67,9 +68,9 @@ def audit_command(
     transformers builds from its config.json, if the build extra is installed.
 
     A branch of a repository is audited where it lies: name it by hub:namespace/name, a git URL, or the address that a
-    browser shows for a model of the Hub, with @BRANCH unless it is main. Of each weights file the header and a sample
-    of the values are read, less than 2 MB together, and the last line says of how many linears; --full reads
-    everything. Tokens are those of publish, and a public repository needs none.
+    browser shows for a model of the Hub, with @BRANCH unless it is main; or by the repository's folder with @BRANCH. Of
+    each weights file the header and a sample of the values are read, less than 2 MB together, and the last line says of
+    how many linears; --full reads everything. Tokens are those of publish, and a public repository needs none.
 
     --format sarif is for code scanning pages such as GitHub's, --format junit for pages of test results. Exits with 0
     if there is no error (there may be warnings), with 7 if there is one, with 10 if a repository cannot be read.

@@ -234,7 +234,7 @@ def _described(branch: "JudgedBranch") -> str:
 
     variant = branch.variant
     size = "whole rows" if variant.group_size == -1 else f"group size {variant.group_size}"
-    order = "act order" if variant.desc_act else "no act order"
+    order = f"desc_act {str(variant.desc_act).lower()}"  # false in static order too: runtimes see no difference
     bits = joined_by_and(variant.all_bits)
     return f"{branch.model}, {bits} bits, {size}, {order}, {'' if variant.sym else 'a'}symmetric"
 

@@ -1,8 +1,9 @@
-"""Addresses that name one branch: hub:namespace/name@BRANCH, a git URL with @BRANCH, a page of the Hub."""
+"""Addresses that name one branch: a repository or its folder with @BRANCH, a page of the Hub."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from packager.errors import UsageError
@@ -28,20 +29,22 @@ class BranchAddress:
 
 
 def branch_address(text: str, environ: Mapping[str, str]) -> BranchAddress | None:
-    """Return the repository and branch that a text names, None if it names no repository elsewhere.
+    """Return the repository and branch that a text names, None if it names neither a branch nor a repository elsewhere.
 
     Args:
-        text: hub:namespace/name, a URL, or user@host:path, each with @BRANCH if it is not main; or the address of a
-            model's page on the Hub, as a browser shows it.
+        text: hub:namespace/name, a URL, or user@host:path, each with @BRANCH if it is not main; the address of a
+            model's page on the Hub, as a browser shows it; or the folder of a git repository with @BRANCH.
         environ: HF_ENDPOINT is the address of another Hub.
 
     Raises:
         UsageError: the branch after @ is empty, or the page names another branch.
     """
-    found = _REMOTE.match(text)
-    if found is None:
+    if found := _REMOTE.match(text):
+        repository, branch = found["repository"], found["branch"]
+    elif folder := next((folder for folder in _before_each_at(text) if Path(folder).is_dir()), None):
+        repository, branch = folder, text[len(folder) + 1 :]
+    else:
         return None
-    repository, branch = found["repository"], found["branch"]
     if branch == "":
         raise UsageError("the branch after @ is empty", where=shown_address(text), hint=f"leave out the @ for {MAIN}")
     if page := _page(repository, environ.get("HF_ENDPOINT") or _HUB_URL):
@@ -51,6 +54,10 @@ def branch_address(text: str, environ: Mapping[str, str]) -> BranchAddress | Non
             raise UsageError(f"the page is that of {shown}, not of {branch}", where=shown_address(text))
         branch = branch or shown
     return BranchAddress(repository=repository, branch=branch or MAIN)
+
+
+def _before_each_at(text: str) -> Iterator[str]:
+    return (text[: at.start()] for at in re.finditer("@", text) if at.start())
 
 
 def _page(url: str, hub: str) -> re.Match[str] | None:
