@@ -306,7 +306,7 @@ def _large_files() -> Iterator[HostileCase]:
             name=f"tokenizer.json: large {kind}",
             damage=_holding_large(kind),
             refused=False,
-            slow=kind in ("keys", "objects"),
+            slow=kind in ("keys", "objects", "strings"),
         )
     yield HostileCase(name="header: large", damage=_with_header(lambda: _many(200_000), None))
     yield HostileCase(

@@ -522,7 +522,7 @@ def test_without_a_description_only_what_holds_for_any_model_is_checked(tmp_path
 
 
 @pytest.mark.slow
-def test_transformers_describes_the_model_of_a_foreign_folder(tmp_path: Path) -> None:
+def test_transformers_describes_the_model_of_a_foreign_folder(tmp_path: Path, in_process: None) -> None:
     folder = Checkpoint().write(tmp_path / "branch")
     describe = description_by_transformers()
     assert audit_folder(folder, describe=describe).findings == ()

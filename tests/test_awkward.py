@@ -63,7 +63,7 @@ def test_a_few_troubles(judge: Judge, names: tuple[str, ...]) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=25, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 @pytest.mark.parametrize("part", range(4))  # so that workers share them
 @given(data=st.data())
 def test_combinations(judge: Judge, part: int, data: st.DataObject) -> None:

@@ -33,7 +33,7 @@ def recipe_of(disk: Path, path: str, *, name: str = "recipe.yaml") -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["absolute", "home"])
 def test_no_output_of_a_build_and_a_release_holds_the_path(
-    disk: Path, form: str, monkeypatch: pytest.MonkeyPatch
+    disk: Path, in_process: None, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(disk))
     recipe = recipe_of(disk, str(disk / "llama") if form == "absolute" else "~/llama")
@@ -51,7 +51,7 @@ def test_no_output_of_a_build_and_a_release_holds_the_path(
 
 
 @pytest.mark.slow
-def test_the_path_changes_no_digest_that_is_published(disk: Path) -> None:
+def test_the_path_changes_no_digest_that_is_published(disk: Path, in_process: None) -> None:
     here = recipe_of(disk, str(disk / "llama"))
     other = disk.parent / "another-disk"
     shutil.copytree(disk, other)
@@ -62,7 +62,7 @@ def test_the_path_changes_no_digest_that_is_published(disk: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_snapshot_of_the_hub_s_cache_may_be_the_folder(disk: Path) -> None:
+def test_a_snapshot_of_the_hub_s_cache_may_be_the_folder(disk: Path, in_process: None) -> None:
     model = disk / "hub" / "models--tester--tiny"
     snapshot, blobs = model / "snapshots" / ("0" * 40), model / "blobs"
     snapshot.mkdir(parents=True)

@@ -14,6 +14,8 @@ from packager.prove.audit import audit
 from packager.receipt import CONFIG, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG
 from tests.test_known_models import tiny_config
 
+pytestmark = pytest.mark.usefixtures("in_process")
+
 FACTS = ModelFacts(vocab_size=32000, dtype="F16")
 GONE: Any = object()
 # The values of the tiny tokenizer, which transformers 5 saves, that older runtimes do not read: its class, its inputs,

@@ -16,6 +16,8 @@ from packager.recipe.file import RecipeFile
 from packager.system.terminal import Terminal
 from tests.tiny_recipe import options, workspace, write_all
 
+pytestmark = pytest.mark.usefixtures("in_process")
+
 Json = dict[str, Any]
 TEXT = {"Sequence": {"id": "A", "type_id": 0}}
 

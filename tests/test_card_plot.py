@@ -30,6 +30,7 @@ from tests import card_fixtures as fixtures
 from tests import tiny_recipe
 from tests.card_page import assert_well_formed, body
 from tests.golden_files import check_golden
+from tests.hypothesis_profiles import examples
 from tests.import_graph import ROOT
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -252,7 +253,7 @@ def test_a_free_corner_has_the_name_of_fp16(plot: Plot) -> None:
 
 
 @pytest.mark.slow
-@settings(deadline=None)
+@settings(max_examples=examples(25))
 @given(
     st.lists(
         st.tuples(st.integers(10**5, 10**12), st.floats(1e-9, 10), st.none() | st.floats(1e-9, 1)),

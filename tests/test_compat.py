@@ -308,7 +308,7 @@ def test_a_large_document_of_a_repository_is_not_read(repository: Path, tmp_path
 
 
 @pytest.mark.slow
-def test_a_folder_of_another_program_is_described_by_transformers(tmp_path: Path) -> None:
+def test_a_folder_of_another_program_is_described_by_transformers(tmp_path: Path, in_process: None) -> None:
     folder = write_branch(tmp_path / "checkpoint")
     (folder / "provenance.json").unlink()
     assert verdicts_of(answer(folder))["checkpoint", "transformers"] == "loads"

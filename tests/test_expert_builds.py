@@ -21,6 +21,8 @@ from packager.recipe.lock_file import lock_path, lock_text
 from tests.locks import read_lock_of
 from tests.tiny_recipe import build, workspace, write_all, write_inputs, write_recipe
 
+pytestmark = pytest.mark.usefixtures("in_process")
+
 EXPERTS, TOP_K, CALIBRATED = 6, 2, 12 * 32  # of tests/tiny_models.py and tests/tiny_recipe.py
 ONE = {"variants": [{"branch": "main"}]}
 

@@ -25,7 +25,10 @@ from tests.sources import open_folder
 from tests.tiny_recipe import sentences, write_inputs, write_recipe
 
 # huggingface_hub's own way of sending a file to its HTTP client.
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),
+    pytest.mark.usefixtures("in_process"),
+]
 
 DATASET = "acme/texts"
 ROWS = sentences(60, seed=1).splitlines()

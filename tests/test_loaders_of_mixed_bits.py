@@ -82,7 +82,7 @@ def _sizes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("_sizes")
+@pytest.mark.usefixtures("_sizes", "in_process")
 @pytest.mark.parametrize("case", CASES)
 def test_each_linear_is_read_with_its_own_bits(case: str, tmp_path: Path) -> None:
     """The oracle reads each linear by the bits with which it was packed."""

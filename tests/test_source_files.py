@@ -31,6 +31,8 @@ from tests.locks import write_lock_of_folder
 from tests.sources import open_folder
 from tests.tiny_recipe import build, write_all
 
+pytestmark = pytest.mark.usefixtures("in_process")
+
 PRIVATE = "payroll: alice 90000\n"
 
 

@@ -20,6 +20,8 @@ from tests.sources import open_folder
 from tests.tiny_models import save_model, token_rows
 from tests.tiny_recipe import build, workspace, write_inputs, write_recipe
 
+pytestmark = pytest.mark.usefixtures("in_process")
+
 
 @pytest.fixture(scope="module")
 def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
