@@ -48,8 +48,7 @@ def audit_command(
         typer.Argument(
             metavar="DIR|REPO",
             callback=_existing_place,
-            help="A checkpoint folder, made by any program; or hub:namespace/name@BRANCH, a git URL or folder with "
-            "@BRANCH, a model's page.",
+            help="A checkpoint folder; or hub:namespace/name@BRANCH, a git URL or folder with @BRANCH, a model's page.",
         ),
     ],
     weights_only: Annotated[
