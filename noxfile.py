@@ -316,7 +316,7 @@ def pictures(session: nox.Session) -> None:
 
 @nox.session(name="tests-ray")
 def tests_ray(session: nox.Session) -> None:
-    """Release by three nodes of a Ray cluster on this machine, which are killed at random; takes half an hour."""
+    """Release by three nodes of a Ray cluster on this machine, which are killed at random; 5 minutes."""
     _install(session, "-e", ".[build,sign]", "hypothesis", "pytest")
     session.install(*HASHED, "-r", "locks/ray.txt")
     session.run("pytest", "-m", "release", "tests/test_ray_release.py", *session.posargs)
