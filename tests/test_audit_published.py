@@ -274,6 +274,9 @@ def test_a_folder_is_no_address(text: str) -> None:
 def test_the_folder_of_a_repository_and_a_branch_are_an_address(tmp_path: Path) -> None:
     folder = tmp_path / "x@y"
     folder.mkdir()
+    with pytest.raises(UsageError, match="x@y is no git repository"):
+        branch_address(f"{folder}@main", {})
+    (folder / ".git").mkdir()
     assert branch_address(f"{folder}@a@b", {}) == BranchAddress(repository=str(folder), branch="a@b")
     assert branch_address(f"{folder}@main", {}) == BranchAddress(repository=str(folder), branch=MAIN)
     assert branch_address(str(folder), {}) is None

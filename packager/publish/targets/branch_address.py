@@ -37,12 +37,14 @@ def branch_address(text: str, environ: Mapping[str, str]) -> BranchAddress | Non
         environ: HF_ENDPOINT is the address of another Hub.
 
     Raises:
-        UsageError: the branch after @ is empty, or the page names another branch.
+        UsageError: the branch after @ is empty, the page names another branch, or the folder is no git repository.
     """
     if found := _REMOTE.match(text):
         repository, branch = found["repository"], found["branch"]
     elif folder := next((folder for folder in _before_each_at(text) if Path(folder).is_dir()), None):
         repository, branch = folder, text[len(folder) + 1 :]
+        if not any((Path(folder) / name).exists() for name in (".git", "HEAD")):
+            raise UsageError(f"{folder} is no git repository", hint="to audit it as a checkpoint, leave out the @")
     else:
         return None
     if branch == "":
