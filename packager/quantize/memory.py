@@ -46,7 +46,7 @@ _SLICE_BYTES = {"cpu": 10**9, "cuda": 6 * 10**9}
 _SLICE_SQUARES, _SLICE_WEIGHT_BYTES = 4, 16
 # cuBLAS keeps 32 MiB for each stream with products: that of the worker, and the one beside a Cholesky factorisation.
 _WORKSPACE_BYTES = {"cpu": 0, "cuda": 2 * 2**25}
-# How many numbers of suspended batches are tried: beside that step, a block's time differs by less than a hundredth.
+# With more batches than this, not every number of suspended ones is tried: a step is under a hundredth of the batches.
 _SUSPENDED_STEPS = 128
 # Batches on the device (prefetched, in use, or being stored) when activations are stored elsewhere.
 _STAGED_BATCHES = 4
