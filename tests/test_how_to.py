@@ -158,6 +158,7 @@ def test_check_compatibility_and_audit_a_folder(folder: Path) -> None:
     printed = type_page("how-to/check-compatibility.md")
     assert "vLLM 0.32" in printed["packager compat recipes/demo-llama.yaml"]
     tiny_recipe.build(recipe, folder / "dist")
+    tiny_recipe.publish(recipe, folder / "dist")
     built = folder / "dist" / "builds" / "demo" / "demo-llama-GPTQ" / "main"
     shutil.copytree(built, folder / "some" / "folder")
 
@@ -183,6 +184,7 @@ def test_check_compatibility_and_audit_a_folder(folder: Path) -> None:
         },
     )
     assert "nothing was written: a dry run" in typed["packager fix some/folder --output new/folder --dry-run"]
+    assert typed["packager audit dist/hub/models/demo/demo-llama-GPTQ@main"].startswith("passed")
     assert json.loads(Path("report.json").read_text())["passed"] is True
     assert json.loads(Path("report.sarif").read_text())["version"] == "2.1.0"
     assert "<testsuite" in Path("report.xml").read_text()
