@@ -108,7 +108,7 @@ def test_the_records_of_a_repository_are_enough(fixture: PublishedFixture) -> No
 def test_a_context_that_the_model_does_not_have_is_said(fixture: PublishedFixture) -> None:
     fixture.publish()
     words = ["choose", REPOSITORY, "--dist", str(fixture.root.parent), "--context"]
-    most = choose(fixture)["branches"][0]["context_tokens"]
+    most = json.loads((fixture.folders[MAIN] / "config.json").read_text())["max_position_embeddings"]
     longer = CliRunner().invoke(app, [*words, str(100 * most)], prog_name="packager")
     assert f"the model takes {most:,} tokens at most: memory is that of these, not of {100 * most:,}" in longer.stderr
     whole = CliRunner().invoke(app, [*words, str(most)], prog_name="packager")

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -745,3 +746,18 @@ def test_a_model_without_experts_gets_a_target_correction(tmp_path: Path, expert
     assert whole.expanded_variants()[0].target_correction == (0 if experts else 0.5)
     said = " ".join(notes_on(model_of(tmp_path / "m", CARD), whole, architecture, None))
     assert ("with target_correction quantizing takes 2.1 times as long on a GPU, 1.5 times on a CPU" in said) != experts
+    if not experts:
+        least, most = gains_by_half_a_correction()
+        assert f"came out {least:.1f} to {most:.1f} times as near to its base model" in said
+
+
+def gains_by_half_a_correction() -> tuple[float, float]:
+    """Return the least and the largest KL without a correction over that with 0.5, from the tables of measurements."""
+    page = (Path(__file__).parents[1] / "docs/explanation/measurements.md").read_text(encoding="utf-8")
+    settings, _, few = page.partition("| | 64g static | 32g static | 32g full |")[2].partition("**Few rows, few bits**")
+    cells = re.search(r"^\| 0\.5 \|(.*)", settings, re.MULTILINE)
+    assert cells is not None
+    columns = [row.split(" | ")[3] for row in few.split("\n\n")[1].splitlines()[2:]]
+    ratios = [float(ratio) for ratio in re.findall(r"<br>([0-9.]+) ±", " ".join((cells[1], *columns)))]
+    assert len(ratios) == 3 + 5
+    return 1 / max(ratios), 1 / min(ratios)
