@@ -110,7 +110,10 @@ def test_a_context_that_the_model_does_not_have_is_said(fixture: PublishedFixtur
     words = ["choose", REPOSITORY, "--dist", str(fixture.root.parent), "--context"]
     most = json.loads((fixture.folders[MAIN] / "config.json").read_text())["max_position_embeddings"]
     longer = CliRunner().invoke(app, [*words, str(100 * most)], prog_name="packager")
-    assert f"the model takes {most:,} tokens at most: memory is that of these, not of {100 * most:,}" in longer.stderr
+    assert (
+        f"the model takes {most:,} tokens at most: the memory shown is for these, not for {100 * most:,}"
+        in longer.stderr
+    )
     whole = CliRunner().invoke(app, [*words, str(most)], prog_name="packager")
     assert (whole.exit_code, "at most" in whole.stderr) == (0, False)
 

@@ -85,7 +85,7 @@ def choose_command(
     ]
     longest = max((candidate.context.tokens for candidate in candidates if candidate.context), default=context)
     if longest < context != _CONTEXT:
-        terminal.log(f"the model takes {longest:,} tokens at most: memory is that of these, not of {context:,}")
+        terminal.log(f"the model takes {longest:,} tokens at most: the memory shown is for these, not for {context:,}")
     choice = choose_branch(candidates, vram)
     if format is Format.json:
         asked: dict[str, object] = {"vram_bytes": vram, "runtime": name or None, "cpu": cpu, "context_tokens": context}

@@ -1,6 +1,6 @@
 """Signals that ask this process to end: SIGTERM and SIGHUP stop a command as Ctrl-C does, with its children.
 
-The first lets the command clean up. A second Ctrl-C ends it at once, as all that it writes survives.
+The first lets the command clean up. A second Ctrl-C ends it at once: a command that is killed loses no finished work.
 """
 
 import os
